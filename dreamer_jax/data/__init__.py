@@ -1,0 +1,1 @@
+"""Data: documents to prepared datasets, and prepared datasets to batches."""

@@ -1,0 +1,142 @@
+"""Batches: the mixture of the sources' rows, read from ArrayRecord through Grain.
+
+Row i of the mixture, and with it batch s = rows s*B .. (s+1)*B - 1, depends on the prepared data, the weights, the seed
+and i only. Position in the stream is therefore the step, and each of P processes takes its part of every batch.
+"""
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dreamer_jax.config import Config
+from dreamer_jax.data.builder import Prepared
+from dreamer_jax.data.pack import load_plan, row_documents
+from dreamer_jax.data.sources import DataError, Split
+
+ENDLESS = 2**48
+"""Rows of a training stream, which has no end."""
+
+
+class PackedRows:
+    """Rows of one source and split by index, endless when shuffled; a Grain random-access source."""
+
+    def __init__(self, prepared: Prepared, name: str, split: Split, context: int, seed: int | None):
+        self._directory = prepared.directory
+        self._name, self._split, self._context = name, split, context
+        self._plan = load_plan(prepared.directory / name / f"{split}.plan.npz")
+        self._seed = None if seed is None else seed << 32 | zlib.crc32(name.encode())
+        builder = tfds.builder_from_directory(prepared.directory / name / "1.0.0")
+        self._documents = builder.as_data_source(split=split)
+
+    def __len__(self) -> int:
+        return self._plan.rows if self._seed is None else ENDLESS
+
+    def __repr__(self) -> str:
+        return f"PackedRows({self._name}, {self._split}, {self._plan.rows} rows)"
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        wanted = row_documents(self._plan, int(index), self._seed)
+        try:
+            found = [self._documents[document] for document in wanted]
+        except Exception as error:  # ArrayRecord and TFDS raise many kinds
+            raise DataError(
+                f"cannot read documents {wanted} of {self._name}/{self._split} ({error}); the prepared data are "
+                f"damaged: delete the folder '{self._directory}' and start again"
+            ) from error
+        return lay_out(found, self._context)
+
+
+def lay_out(documents: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]:
+    """Documents one after another in a row of `size` tokens.
+
+    Args:
+        documents: `tokens` int32 and `response_start` of each; together at most `size` tokens.
+        size: T.
+
+    Returns:
+        tokens int32 [T]; positions int32 [T], from 0 in each document; segment_ids int32 [T], 1, 2, ... and 0 where the
+        row is empty; response_mask bool [T], True on response tokens and the eos after them.
+    """
+    row = empty_row(size)
+    start = 0
+    for segment, document in enumerate(documents, start=1):
+        tokens, end = document["tokens"], start + len(document["tokens"])
+        row["tokens"][start:end] = tokens
+        row["positions"][start:end] = np.arange(len(tokens))
+        row["segment_ids"][start:end] = segment
+        row["response_mask"][start + int(document["response_start"]) : end] = True
+        start = end
+    return row
+
+
+def empty_row(size: int) -> dict[str, np.ndarray]:
+    """A row without documents."""
+    row = {name: np.zeros(size, np.int32) for name in ("tokens", "positions", "segment_ids")}
+    return row | {"response_mask": np.zeros(size, bool)}
+
+
+def rows(prepared: Prepared, config: Config, split: Split) -> grain.MapDataset:
+    """The mixture's rows by index: endless and shuffled for training; finite, each row at most once, for validation."""
+    seed = config.train.seed if split == "train" else None
+    parts = [
+        grain.MapDataset.source(PackedRows(prepared, source.name, split, config.data.context, seed))
+        for source in config.data.sources
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, weights=[source.weight for source in config.data.sources])
+
+
+def batches(
+    prepared: Prepared,
+    config: Config,
+    *,
+    split: Split,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of every batch from `start_step` on; close the iterator to end its threads.
+
+    Training batches never end. Validation is the first `train.validation_batches` batches of the held-out rows in a
+    fixed order, the same at every call; where the held-out rows are fewer there are fewer batches, and the last is
+    filled up with empty rows (segment ids all 0): no row comes twice.
+
+    Returns:
+        Arrays [B / process_count, T] as `lay_out` describes them.
+
+    Raises:
+        DataError: B is not a multiple of the processes; a damaged cache.
+    """
+    if config.train.batch % process_count:
+        raise DataError(f"train.batch = {config.train.batch} is not a multiple of the {process_count} processes")
+    local = config.train.batch // process_count
+    stream = rows(prepared, config, split)
+    if split == "validation":
+        stream = _whole_batches(stream, config)
+    parts = stream.batch(local)[start_step * process_count + process_index :: process_count]
+    options = grain.ReadOptions(num_threads=min(1, config.data.prefetch), prefetch_buffer_size=config.data.prefetch)
+    return _closing(iter(parts.to_iter_dataset(options)))
+
+
+def _whole_batches(stream: grain.MapDataset, config: Config) -> grain.MapDataset:
+    """At most the rows of one validation, filled up with empty rows to whole batches."""
+    batch = config.train.batch
+    count = min(len(stream), config.train.validation_batches * batch)
+    missing = -count % batch
+    stream = stream[:count]
+    if not missing:
+        return stream
+    padding = grain.MapDataset.source([empty_row(config.data.context)]).repeat(missing)
+    return grain.MapDataset.concatenate([stream, padding])
+
+
+def _closing(iterator: Any) -> Iterator[dict[str, np.ndarray]]:
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

@@ -1,0 +1,59 @@
+"""DA: attention of each token over its own earlier depths (3.4, Algorithm 1)."""
+
+from typing import NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamer_jax.config import ModelConfig
+from dreamer_jax.model.attend import attend_depth
+from dreamer_jax.model.grouped_matmul import Backend
+from dreamer_jax.model.norm import rms_norm
+from dreamer_jax.model.parameters import Stack, norm
+from dreamer_jax.model.projections import Heads, Projections
+from dreamer_jax.model.rope import depth_angles
+from dreamer_jax.model.router import Routing
+from dreamer_jax.model.sequence_attention import rotate_heads
+
+
+class DepthCache(NamedTuple):
+    """Keys and values of earlier depths, leading axis L; or those of one depth, without it.
+
+    It holds the tokens at hand only: in generation each new token starts with an empty one.
+    """
+
+    k: Float[Array, "..."]
+    v: Float[Array, "..."]
+
+
+class DepthAttention(nnx.Module):
+    """Pre-norm, projections, per-head norm of queries and keys, depth RoPE, attention over the depth cache."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack, *, merged: bool):
+        """Stacked over layers in LA."""
+        self.config = config
+        heads = Heads(config.da_heads, config.da_kv_heads, config.da_head_size)
+        self.norm = norm(stack, config.width)
+        self.projections = Projections(config, heads, rngs, stack, merged=merged)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        l: Int[Array, ""],
+        counted: Bool[Array, "B T"],
+        cache: DepthCache,
+        backend: Backend,
+    ) -> tuple[Float[Array, "B T D"], DepthCache, Float[Array, "B T N L"], Routing | None]:
+        """The residual update, this depth's cache entry, the attention over depths, and the routing.
+
+        Cache rows from `l` on are ignored: this depth's own entry is computed here.
+        """
+        config, epsilon, projections = self.config, self.config.norm_epsilon, self.projections
+        x = rms_norm(x, self.norm[...], epsilon)
+        selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
+        q, k, v = projections.qkv(x, selection, backend)
+        angles = depth_angles(l, config.depth, config.da_head_size, config.depth_rope_base)[None, None, None, :]
+        q = rotate_heads(rms_norm(q, projections.q_norm[...], epsilon), angles)
+        k = rotate_heads(rms_norm(k, projections.k_norm[...], epsilon), angles)
+        o, attention = attend_depth(q, k, v, cache.k, cache.v, l)
+        return projections.out(o, selection, backend), DepthCache(k, v), attention, selection.routing if selection else None

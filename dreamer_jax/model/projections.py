@@ -1,0 +1,128 @@
+"""Fused QKV and output projections of SA and DA: dense in LA, tied MoEs of linear experts in DR (3.7, Eq. 7 and 8)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamer_jax.config import ModelConfig
+from dreamer_jax.model.grouped_matmul import Backend, Plan, dispatch, grouped_matmul, plan, unsort
+from dreamer_jax.model.parameters import Stack, input_std, matrix, norm, output_std
+from dreamer_jax.model.router import Router, Routing
+
+
+class Heads(NamedTuple):
+    """Sizes of one attention."""
+
+    query: int
+    kv: int
+    size: int
+
+
+class Selection(NamedTuple):
+    """The expert of each token, for both projections of one attention (their scores are tied, 3.7)."""
+
+    routing: Routing
+    plan: Plan
+
+
+class Projections(nnx.Module):
+    """x -> q, k, v and attention output -> residual update."""
+
+    def __init__(self, config: ModelConfig, heads: Heads, rngs: nnx.Rngs, stack: Stack, *, merged: bool):
+        """`merged` leaves out the shared experts, which Eq. 8 has added to the routed ones."""
+        self.heads, self.epsilon = heads, config.norm_epsilon
+        qkv, out = (heads.query + 2 * heads.kv) * heads.size, heads.query * heads.size
+        experts = (config.linear_experts,) if config.routed_attention else ()
+        expert_axis = ("attention_expert",) * len(experts)
+        std_in, std_out = input_std(config), output_std(config)
+        self.w_qkv = matrix(rngs, stack, (*experts, config.width, qkv), (*expert_axis, "embed", "heads"), std_in)
+        self.w_o = matrix(rngs, stack, (*experts, out, config.width), (*expert_axis, "heads", "embed"), std_out)
+        self.q_norm, self.k_norm = norm(stack, heads.size), norm(stack, heads.size)
+        self.router = Router(config, config.linear_experts, rngs, stack) if config.routed_attention else None
+        shared = config.routed_attention and not merged
+        self.w_qkv_shared = matrix(rngs, stack, (config.width, qkv), ("embed", "heads"), std_in) if shared else None
+        self.w_o_shared = matrix(rngs, stack, (out, config.width), ("heads", "embed"), std_out) if shared else None
+
+    def merge_shared(self) -> None:
+        """Add the shared experts to the routed ones (Eq. 8), in place; done once per step, outside the depth loop.
+
+        The shared weights stay: the score's gradient excludes them (Eq. 7). Their own gradient, the sum of the
+        routed experts' gradients, comes from differentiating this sum.
+        """
+        if self.w_qkv_shared is None:
+            return
+        for routed, shared in ((self.w_qkv, self.w_qkv_shared), (self.w_o, self.w_o_shared)):
+            routed[...] = routed[...] + shared[...][None]
+            shared[...] = lax.stop_gradient(shared[...])
+
+    def select(self, x: Float[Array, "tokens D"], l: Int[Array, ""], counted: Bool[Array, "tokens"]) -> Selection | None:
+        """The top-1 expert of each token; None for dense projections."""
+        if self.router is None:
+            return None
+        routing = self.router(x, l, counted, active=1)
+        return Selection(routing, checkpoint_name(plan(routing.ids, self.router.bias.shape[-1]), "routing"))
+
+    def qkv(
+        self, x: Float[Array, "B T D"], selection: Selection | None, backend: Backend
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Fused projection with layout [q heads | k heads | v heads], head-major."""
+        rows = x.reshape(-1, x.shape[-1])
+        fused = _project(rows, self.w_qkv, self.w_qkv_shared, selection, backend)
+        fused = fused.reshape(*x.shape[:2], -1, self.heads.size)
+        q, k, v = jnp.split(fused, [self.heads.query, self.heads.query + self.heads.kv], axis=2)
+        return q, k, v
+
+    def out(
+        self, o: Float[Array, "B T N H"], selection: Selection | None, backend: Backend
+    ) -> Float[Array, "B T D"]:
+        """Aggregate the heads."""
+        rows = o.reshape(o.shape[0] * o.shape[1], -1)
+        y = _project(rows, self.w_o, self.w_o_shared, selection, backend)
+        return y.reshape(*o.shape[:2], -1)
+
+
+def _project(
+    x: Float[Array, "tokens I"], w: nnx.Param, shared: nnx.Param | None, selection: Selection | None, backend: Backend
+) -> Float[Array, "tokens O"]:
+    """x @ W, or in an MoE score * x (W_e + W_shared) with Eq. 7's gradient; `w` holds the merged experts."""
+    if selection is None:
+        return x @ w[...]
+    routing, order = selection
+    y = unsort(grouped_matmul(dispatch(x, order, 1), w[...], order.sizes, backend=backend), order)
+    score = routing.scores[:, 0]
+    return _scale(y, score) if shared is None else scale_by_score(y, score, x, shared[...])
+
+
+def _scale(y: Float[Array, "tokens O"], score: Float[Array, "tokens"]) -> Float[Array, "tokens O"]:
+    return (y.astype(jnp.float32) * score[:, None]).astype(y.dtype)
+
+
+@jax.custom_vjp
+def scale_by_score(
+    y: Float[Array, "tokens O"], score: Float[Array, "tokens"], x: Float[Array, "tokens I"], shared: Float[Array, "I O"]
+) -> Float[Array, "tokens O"]:
+    """score * y for y = x (W_e + W_shared), with the gradient of Eq. 7's literal form.
+
+    There the score multiplies x W_e and its stopped copy x W_shared: d score = dy . x W_e = dy . (y - x W_shared),
+    which is the only use of x W_shared. Gradients for x and W_shared flow through y alone.
+    """
+    return _scale(y, score)
+
+
+def _scale_forward(y, score, x, shared):  # type: ignore[no-untyped-def]
+    return _scale(y, score), (y, score, x, shared)
+
+
+def _scale_backward(residuals, dy):  # type: ignore[no-untyped-def]
+    y, score, x, shared = residuals
+    routed = y.astype(jnp.float32) - jnp.matmul(x, shared, preferred_element_type=jnp.float32)
+    dscore = jnp.sum(dy.astype(jnp.float32) * routed, axis=-1)
+    return _scale(dy, score), dscore, jnp.zeros_like(x), jnp.zeros_like(shared)
+
+
+scale_by_score.defvjp(_scale_forward, _scale_backward)

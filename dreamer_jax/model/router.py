@@ -1,0 +1,91 @@
+"""Routing of EA and of the attention MoEs: attention over learned expert keys, sparse by top-k (3.5, Eq. 2 and 3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamer_jax.config import ModelConfig
+from dreamer_jax.model.norm import rms_norm
+from dreamer_jax.model.parameters import RouterBias, RouterKeys, Stack, input_std, matrix, norm
+from dreamer_jax.model.rope import depth_angles, rotate
+
+
+class Routing(NamedTuple):
+    """What a router decided for each token, and the figures reported of it."""
+
+    ids: Int[Array, "tokens A"]
+    """Selected experts, highest biased logit first."""
+    scores: Float[Array, "tokens A"]
+    """sigmoid(logit) of the selected experts, float32, not normalised."""
+    counts: Int[Array, "E"]
+    """Selections of each expert by non-padding tokens: N of Eq. 3."""
+    entropy: Float[Array, ""]
+    """Sum over non-padding tokens of the entropy, in nats, of the scores normalised over all experts."""
+
+
+class Router(nnx.Module):
+    """Low-rank router: a query per token with depth RoPE, a learned key and a balancing bias per expert."""
+
+    def __init__(self, config: ModelConfig, experts: int, rngs: nnx.Rngs, stack: Stack):
+        """Stacked over layers in LA; `experts` is E for EA, M for an attention MoE."""
+        self.config = config
+        width, size, std = config.width, config.router_size, input_std(config)
+        self.w_q = matrix(rngs, stack, (width, size), ("embed", "router"), std)
+        keys = std * jax.random.normal(rngs.params(), (*stack, experts, size), jnp.float32)
+        self.keys = RouterKeys(keys, axes=("depth",) * len(stack) + ("router_expert", "router"))
+        self.q_norm = norm(stack, size)
+        self.k_norm = norm(stack, size)
+        self.bias = RouterBias(jnp.zeros((*stack, experts), jnp.float32), axes=("depth",) * len(stack) + ("norm",))
+
+    def logits(self, x: Float[Array, "tokens D"], l: Int[Array, ""]) -> Float[Array, "tokens E"]:
+        """Scaled dot products of rotated queries with unrotated keys, float32."""
+        size, epsilon = self.config.router_size, self.config.norm_epsilon
+        query = jnp.matmul(x, self.w_q[...], preferred_element_type=jnp.float32)
+        query = rms_norm(query, self.q_norm[...], epsilon)
+        angles = depth_angles(l, self.config.depth, size, self.config.depth_rope_base)
+        query = rotate(query, jnp.broadcast_to(angles, (x.shape[0], size // 2)))
+        keys = rms_norm(self.keys[...], self.k_norm[...], epsilon)
+        # Full float32 on every platform: the order of near-equal logits decides who is selected.
+        return jnp.einsum("tr,er->te", query, keys, precision=lax.Precision.HIGHEST) / size**0.5
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens D"],
+        l: Int[Array, ""],
+        counted: Bool[Array, "tokens"],
+        active: int,
+    ) -> Routing:
+        """Select `active` experts for each token by logit + bias (Eq. 2; ties go to the lower index).
+
+        The selection carries a checkpoint name, so that no remat policy ever decides it a second time.
+        """
+        logits = self.logits(x, l)
+        biased = lax.stop_gradient(logits) + self.bias[...][None, :]
+        ids = checkpoint_name(lax.top_k(biased, active)[1], "routing")
+        scores = jax.nn.sigmoid(jnp.take_along_axis(logits, ids, axis=-1))
+        counts = jnp.zeros_like(self.bias[...], jnp.int32).at[ids].add(counted[:, None].astype(jnp.int32))
+        return Routing(ids, scores, counts, jnp.sum(score_entropy(lax.stop_gradient(logits)), where=counted))
+
+
+def score_entropy(logits: Float[Array, "tokens E"]) -> Float[Array, "tokens"]:
+    """Entropy in nats of sigmoid scores normalised to sum to one over experts."""
+    scores = jax.nn.sigmoid(logits)
+    total = jnp.sum(scores, axis=-1)
+    return jnp.log(total) - jnp.sum(scores * jax.nn.log_sigmoid(logits), axis=-1) / total
+
+
+def balanced_bias(bias: Float[Array, "*stack E"], counts: Int[Array, "*stack E"], rate: float) -> Float[Array, "*stack E"]:
+    """b + rate * sign(median(N) - N) (Eq. 3); the median of an even count is the mean of the two middle ones.
+
+    `counts` are N over everything that shares the bias: depths, microbatches and devices, summed before the sign.
+    """
+    # Twice the median, in integers, compares exactly where a float32 mean of two large counts would round.
+    ordered = jnp.sort(counts, axis=-1)
+    experts = counts.shape[-1]
+    twice_median = ordered[..., (experts - 1) // 2, None] + ordered[..., experts // 2, None]
+    return bias + rate * jnp.sign(twice_median - 2 * counts).astype(jnp.float32)

@@ -1,0 +1,55 @@
+"""SA: causal grouped-query attention over the sequence, documents of a packed row apart (3.3)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamer_jax.config import ModelConfig
+from dreamer_jax.model.grouped_matmul import Backend
+from dreamer_jax.model.norm import rms_norm
+from dreamer_jax.model.parameters import Stack, norm
+from dreamer_jax.model.projections import Heads, Projections
+from dreamer_jax.model.rope import rotate, sequence_angles
+from dreamer_jax.model.router import Routing
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""(q [B T N H], k [B T K H], v [B T K H]) -> (output [B T N H], what the caller keeps, such as a cache)."""
+
+
+class SequenceAttention(nnx.Module):
+    """Pre-norm, projections, per-head norm of queries and keys, RoPE; the attention itself is handed in."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack, *, merged: bool):
+        """Stacked over layers in LA."""
+        self.config = config
+        heads = Heads(config.query_heads, config.kv_heads, config.head_size)
+        self.norm = norm(stack, config.width)
+        self.projections = Projections(config, heads, rngs, stack, merged=merged)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        l: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        counted: Bool[Array, "B T"],
+        attend: Attend,
+        backend: Backend,
+    ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
+        """The residual update, what `attend` keeps, and the routing (None with dense projections)."""
+        epsilon, projections = self.config.norm_epsilon, self.projections
+        x = rms_norm(x, self.norm[...], epsilon)
+        selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
+        q, k, v = projections.qkv(x, selection, backend)
+        angles = sequence_angles(positions, self.config.head_size, self.config.rope_base)[:, :, None, :]
+        q = rotate_heads(rms_norm(q, projections.q_norm[...], epsilon), angles)
+        k = rotate_heads(rms_norm(k, projections.k_norm[...], epsilon), angles)
+        o, kept = attend(q, k, v)
+        return projections.out(o, selection, backend), kept, selection.routing if selection else None
+
+
+def rotate_heads(x: Float[Array, "B T N H"], angles: Float[Array, "#B #T 1 half"]) -> Float[Array, "B T N H"]:
+    """Rotate all heads of a token alike."""
+    return rotate(x, jnp.broadcast_to(angles, (*x.shape[:-1], angles.shape[-1])))
