@@ -5,8 +5,8 @@
 Hardware and data: as configs/la_1b.py.
 
 Expected (paper, Tables 1 and 2): 1.1704B parameters, 0.9389 GFLOPs a token, 4.7822 GB at inference; after 100B tokens
-of the paper's data, perplexity 6.64 on Maths-College and, in % of answers, GSM8K 47.6, MATH 47.8, MMLU (math) 44.5, MathQA 45.6.
-This repository has not trained it yet.
+of the paper's data, perplexity 6.64 on Maths-College and, in % of answers,
+GSM8K 47.6, MATH 47.8, MMLU (math) 44.5, MathQA 45.6. Not trained with this repository yet.
 """
 
 import runpy

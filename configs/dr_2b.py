@@ -5,8 +5,8 @@
 Hardware and data: as configs/la_2b.py.
 
 Expected (paper, Tables 1 and 2): 2.0794B parameters, 1.6199 GFLOPs a token, 6.6343 GB at inference; after 100B tokens
-of the paper's data, perplexity 6.12 on Maths-College and, in % of answers, GSM8K 51.5, MATH 51.3, MMLU (math) 45.3, MathQA 43.2.
-This repository has not trained it yet.
+of the paper's data, perplexity 6.12 on Maths-College and, in % of answers,
+GSM8K 51.5, MATH 51.3, MMLU (math) 45.3, MathQA 43.2. Not trained with this repository yet.
 """
 
 import runpy

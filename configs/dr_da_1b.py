@@ -5,8 +5,8 @@
 Hardware and data: as configs/la_1b.py.
 
 Expected (paper, Tables 1 and 2): 1.1708B parameters, 0.9413 GFLOPs a token, 4.7839 GB at inference; after 100B tokens
-of the paper's data, perplexity 6.41 on Maths-College and, in % of answers, GSM8K 51.7, MATH 50.7, MMLU (math) 38.5, MathQA 37.1.
-This repository has not trained it yet.
+of the paper's data, perplexity 6.41 on Maths-College and, in % of answers,
+GSM8K 51.7, MATH 50.7, MMLU (math) 38.5, MathQA 37.1. Not trained with this repository yet.
 """
 
 import runpy

@@ -5,8 +5,8 @@
 Hardware and data: as configs/la_2b.py.
 
 Expected (paper, Tables 1 and 2): 2.0788B parameters, 1.6130 GFLOPs a token, 6.6349 GB at inference; after 100B tokens
-of the paper's data, perplexity 5.90 on Maths-College and, in % of answers, GSM8K 56.3, MATH 54.5, MMLU (math) 50.0, MathQA 50.8.
-This repository has not trained it yet.
+of the paper's data, perplexity 5.90 on Maths-College and, in % of answers,
+GSM8K 56.3, MATH 54.5, MMLU (math) 50.0, MathQA 50.8. Not trained with this repository yet.
 """
 
 import runpy

@@ -7,10 +7,10 @@ Hardware: devices of 80 GB; each holds the whole model (16 bytes a parameter for
 train.microbatches. The run is 3.4e20 model FLOPs, by arithmetic 30 hours on eight H100 at 40 % MFU.
 
 Expected (paper, Tables 1 and 2): 1.1708B parameters, 0.9389 GFLOPs a token, 4.7827 GB at inference; after 100B tokens
-of the paper's data, perplexity 6.74 on Maths-College and, in % of answers, GSM8K 43.8, MATH 40.9, MMLU (math) 26.6, MathQA 22.9.
-This repository has not trained it yet.
+of the paper's data, perplexity 6.74 on Maths-College and, in % of answers,
+GSM8K 43.8, MATH 40.9, MMLU (math) 26.6, MathQA 22.9. Not trained with this repository yet.
 
-Data: a stand-in. The paper mixes fourteen instruction sets (Table 4); until they are prepared, the training parts of
+Data: a stand-in. The paper mixes the instruction sets of Table 4; until they are prepared, the training parts of
 GSM8K and MATH as JSON lines under $DREAMER_DATA prove the run, with the tokenizer of Llama 3.3 as tokenizer.json:
 
     $DREAMER_DATA/tokenizer.json   gsm8k/{train,test}.jsonl   math/{train,math500}.jsonl

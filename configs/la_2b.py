@@ -6,8 +6,8 @@ Hardware: devices of 80 GB; each holds the whole model (33.3 GB of weights, Adam
 and data: as configs/la_1b.py. The run is 6.0e20 model FLOPs, by arithmetic 53 hours on eight H100 at 40 % MFU.
 
 Expected (paper, Tables 1 and 2): 2.0790B parameters, 1.6150 GFLOPs a token, 6.6337 GB at inference; after 100B tokens
-of the paper's data, perplexity 6.31 on Maths-College and, in % of answers, GSM8K 49.7, MATH 48.2, MMLU (math) 37.2, MathQA 26.0.
-This repository has not trained it yet.
+of the paper's data, perplexity 6.31 on Maths-College and, in % of answers,
+GSM8K 49.7, MATH 48.2, MMLU (math) 37.2, MathQA 26.0. Not trained with this repository yet.
 """
 
 import runpy

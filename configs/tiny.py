@@ -41,8 +41,8 @@ def get_config() -> Config:
                     documents_per_task=1200,
                 ),
             ),
-            context=256,
+            context=512,
         ),
-        train=TrainConfig(steps=300, batch=16, dtype="float32", remat="none", validate_every=100),
+        train=TrainConfig(steps=300, batch=8, dtype="float32", remat="none", validate_every=100),
         checkpoint=CheckpointConfig(every=100),
     )

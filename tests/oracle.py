@@ -1,9 +1,10 @@
-"""An independent slow oracle of the Dreamer model (arXiv 2601.21582, sections 3.2 to 3.7), to compare the fast one with.
+"""An independent slow oracle of the Dreamer model (arXiv 2601.21582, sections 3.2 to 3.7), to check the fast one.
 
-Written from the equations, not from the package: it imports nothing of `dreamer_jax`, knows only a `Sizes` record and a
-flat dict {name in the exchange format: array}, and takes the longest way everywhere: a Python loop over the depths,
-every expert on every token, whole S x S masks, whole logits, Eq. 7 as two products. Everything is float64: the public
-functions enter `jax.enable_x64` themselves, take NumPy arrays and return NumPy arrays, so float32 tests can call them.
+Written from the equations, not from the package: it imports neither `dreamer_jax` nor JAX, knows only a `Sizes` record
+and a flat dict {name in the exchange format: array}, and takes the longest way everywhere: a Python loop over the
+depths, every expert on every token, whole S x S masks, whole logits, Eq. 7 as two products. NumPy in, NumPy out, all of
+it float64 and without a compiler, so that a forward and backward pass of a toy model costs milliseconds; the gradients
+come from a few lines of reverse mode at the end of the file, which test_oracle.py holds to finite differences.
 
 Letters: B batch, T query position, S key position, L depth, D width, N query heads, K key/value heads, H head size,
 R router size, E experts, A active experts, F expert intermediate size, M attention experts, V vocabulary.
@@ -13,10 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 MIXTURES = ("sequential", "attention_parallel", "parallel")  # Eq. 4, 5, 6
 
@@ -153,82 +151,77 @@ def merge(weights: dict, sizes: Sizes) -> dict[str, np.ndarray]:
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * jnp.broadcast_to(weight, x.shape)
+    mean_square = einsum("...i,...i->...", x, x)[..., None] * (1 / x.shape[-1])
+    return x * power(mean_square + eps, -0.5) * weight
 
 
-def frequencies(size: int, base: float):
+def frequencies(size: int, base: float) -> np.ndarray:
     """base^(-2j/size) for j = 0 ... size/2 - 1."""
-    return jnp.asarray([base ** (-2 * j / size) for j in range(size // 2)])
+    return np.array([base ** (-2 * j / size) for j in range(size // 2)])
 
 
-def sequence_angles(positions, size: int, base: float):
-    """[B, T] positions -> [B, T, 1, size/2], the same for all heads."""
-    return jnp.einsum("bt,j->btj", positions.astype(float), frequencies(size, base))[:, :, None, :]
-
-
-def depth_angles(depth_index: int, depth: int, size: int, base: float):
+def depth_angles(depth_index: int, depth: int, size: int, base: float) -> np.ndarray:
     """[size/2]: the first half of the frequencies rotates by l, the second half by (depth - 1 - l) (section 3.4)."""
     n = size // 2
     steps = [depth_index if j < n // 2 else depth - 1 - depth_index for j in range(n)]
-    return jnp.asarray(steps, float) * frequencies(size, base)
+    return np.array(steps) * frequencies(size, base)
 
 
 def rotate(x, angles):
-    """RoPE in half-split form: (x_j, x_{j + H/2}) turns by angle j."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = (jnp.broadcast_to(f(angles), first.shape) for f in (jnp.cos, jnp.sin))
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """RoPE in half-split form: (x_j, x_{j + H/2}) turns by angle j. Angles [..., H/2] broadcast against x [..., H]."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return concatenate([first * cos + second * -sin, second * cos + first * sin])
 
 
 def attend(q, k, v, allowed):
     """Eq. 1. q [B,T,N,H], k and v [B,S,K,H], allowed [B,T,S] -> [B,T,N,H] and the probabilities [B,T,N,S]."""
-    n, kv = q.shape[2], k.shape[2]
-    k, v = (jnp.stack([a[:, :, i // (n // kv)] for i in range(n)], axis=2) for a in (k, v))
-    scores = jnp.einsum("btnh,bsnh->btns", q, k) / math.sqrt(q.shape[-1])
-    scores = jnp.where(jnp.broadcast_to(allowed[:, :, None, :], scores.shape), scores, -jnp.inf)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("btns,bsnh->btnh", probabilities, v), probabilities
+    kv_head = np.arange(q.shape[2]) // (q.shape[2] // k.shape[2])
+    scores = einsum("btnh,bsnh->btns", q, k[:, :, kv_head]) * (1 / math.sqrt(q.shape[-1]))
+    probabilities = softmax(scores + np.where(allowed, 0.0, -np.inf)[:, :, None, :])
+    return einsum("btns,bsnh->btnh", probabilities, v[:, :, kv_head]), probabilities
 
 
 class Route(NamedTuple):
     """One routing decision for each token."""
 
-    ids: jax.Array  # [B, T, A]
-    scores: jax.Array  # [B, T, A], sigmoid of the logit
-    one_hot: jax.Array  # [B, T, A, E]
-    margin: jax.Array  # scalar
+    ids: np.ndarray  # [B, T, A], best first
+    scores: "Tensor"  # [B, T, A], sigmoid of the logit
+    one_hot: np.ndarray  # [B, T, A, E]
+    margin: float
 
 
 def select(logits, bias, active: int) -> Route:
     """Eq. 2 without the norm: TopK(sigmoid(x), x + b, k); ties go to the lower index. logits [B, T, E], bias [E]."""
-    preference = lax.stop_gradient(logits + jnp.broadcast_to(bias, logits.shape))
-    order = jnp.argsort(-preference, axis=-1, stable=True)
-    one_hot = jax.nn.one_hot(order[..., :active], logits.shape[-1], dtype=logits.dtype)
-    scores = jnp.einsum("bte,btae->bta", jax.nn.sigmoid(logits), one_hot)
-    ranked = jnp.take_along_axis(preference, order, axis=-1)
-    lead = ranked[..., active - 1 : active] - ranked[..., active : active + 1] if active < logits.shape[-1] else jnp.inf
-    return Route(order[..., :active], scores, one_hot, jnp.min(lead))
+    preference = logits.value + bias.value
+    order = np.argsort(-preference, axis=-1, kind="stable")
+    one_hot = np.eye(preference.shape[-1])[order[..., :active]]
+    ranked = np.take_along_axis(preference, order, axis=-1)
+    rejected = active < preference.shape[-1]
+    margin = np.min(ranked[..., active - 1] - ranked[..., active]) if rejected else np.inf
+    return Route(order[..., :active], einsum("bte,btae->bta", sigmoid(logits), one_hot), one_hot, float(margin))
 
 
 def route(weights, sizes: Sizes, name: str, x, depth_index: int, active: int) -> Route:
     """Any router (section 3.5): depth-rotated queries of the pre-normed x [B, T, D], unrotated learned keys."""
-    query = jnp.einsum("btd,dr->btr", x, weights[f"{name}.w_q"])
+    query = einsum("btd,dr->btr", x, weights[f"{name}.w_q"])
     query = rms_norm(query, weights[f"{name}.q_norm"], sizes.norm_eps)
     query = rotate(query, depth_angles(depth_index, sizes.depth, sizes.router_size, sizes.depth_rope_base))
     keys = rms_norm(weights[f"{name}.keys"], weights[f"{name}.k_norm"], sizes.norm_eps)
-    logits = jnp.einsum("btr,er->bte", query, keys) / math.sqrt(sizes.router_size)
+    logits = einsum("btr,er->bte", query, keys) * (1 / math.sqrt(sizes.router_size))
     return select(logits, weights[f"{name}.bias"], active)
 
 
 def linear(weights, name: str, x, chosen: Route | None):
     """x W in LA; Eq. 7 in DR, literally, with two products; Eq. 8 where the weights come merged."""
     if chosen is None:
-        return jnp.einsum("btd,do->bto", x, weights[name])
-    every = jnp.einsum("btd,mdo->btmo", x, weights[name])
-    y = chosen.scores * jnp.einsum("btmo,btm->bto", every, chosen.one_hot[:, :, 0])
+        return einsum("btd,do->bto", x, weights[name])
+    every = einsum("btd,mdo->btmo", x, weights[name])
+    y = chosen.scores * einsum("btmo,btm->bto", every, chosen.one_hot[:, :, 0])
     if f"{name}_shared" not in weights:
         return y
-    return y + lax.stop_gradient(chosen.scores) * jnp.einsum("btd,do->bto", x, weights[f"{name}_shared"])
+    return y + einsum("btd,do->bto", x, weights[f"{name}_shared"]) * stop_gradient(chosen.scores)
 
 
 # --------------------------------------------------------------------------------------- the three attentions
@@ -248,28 +241,26 @@ def queries_keys_values(weights, sizes: Sizes, kind: str, x, depth_index: int):
 
 def sequence_attention(weights, sizes: Sizes, x, depth_index: int, positions, segment_ids):
     """Section 3.3: causal along the row, within the document."""
+    b, t, _ = x.shape
     q, k, v, chosen = queries_keys_values(weights, sizes, "sa", x, depth_index)
-    angles = sequence_angles(positions, sizes.head_size, sizes.rope_base)
-    index = jnp.arange(x.shape[1])
-    causal = jnp.broadcast_to((index[:, None] >= index[None, :])[None], (x.shape[0], x.shape[1], x.shape[1]))
-    allowed = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    angles = positions[:, :, None, None] * frequencies(sizes.head_size, sizes.rope_base)
+    allowed = np.tri(t, dtype=bool) & (segment_ids[:, :, None] == segment_ids[:, None, :])
     y, _ = attend(rotate(q, angles), rotate(k, angles), v, allowed)
-    return linear(weights, f"{sizes.prefix(depth_index)}.sa.w_o", y.reshape(*x.shape[:2], -1), chosen), chosen
+    return linear(weights, f"{sizes.prefix(depth_index)}.sa.w_o", y.reshape(b, t, -1), chosen), chosen
 
 
 def depth_attention(weights, sizes: Sizes, x, depth_index: int, cache: list):
-    """Section 3.4, Algorithm 1: tokens are the batch, depths the sequence; appends this depth's k and v to the cache."""
+    """Section 3.4, Algorithm 1: tokens are the batch, depths the sequence; appends this k, v to the cache."""
     b, t, _ = x.shape
     q, k, v, chosen = queries_keys_values(weights, sizes, "da", x, depth_index)
     angles = depth_angles(depth_index, sizes.depth, sizes.da_head_size, sizes.depth_rope_base)
-    cache.append((rotate(k, angles).reshape(b * t, *k.shape[2:]), v.reshape(b * t, *v.shape[2:])))
-    keys, values = (jnp.stack(rows, axis=1) for rows in zip(*cache, strict=True))
+    cache.append([a.reshape(b * t, 1, *a.shape[2:]) for a in (rotate(k, angles), v)])
+    keys, values = (concatenate(rows, axis=1) for rows in zip(*cache, strict=True))
     q = rotate(q, angles).reshape(b * t, 1, *q.shape[2:])
-    y, probabilities = attend(q, keys, values, jnp.ones((b * t, 1, depth_index + 1), bool))
-    to_come = jnp.zeros((b, t, sizes.da_heads, sizes.depth - depth_index - 1))
-    seen = probabilities.reshape(b, t, sizes.da_heads, depth_index + 1)
-    out = linear(weights, f"{sizes.prefix(depth_index)}.da.w_o", y.reshape(b, t, -1), chosen)
-    return out, chosen, jnp.concatenate([seen, to_come], axis=-1)
+    y, probabilities = attend(q, keys, values, np.ones((b * t, 1, depth_index + 1), bool))
+    depth_map = np.zeros((b, t, sizes.da_heads, sizes.depth))
+    depth_map[..., : depth_index + 1] = probabilities.value.reshape(b, t, sizes.da_heads, -1)
+    return linear(weights, f"{sizes.prefix(depth_index)}.da.w_o", y.reshape(b, t, -1), chosen), chosen, depth_map
 
 
 def expert_attention(weights, sizes: Sizes, x, depth_index: int):
@@ -277,11 +268,11 @@ def expert_attention(weights, sizes: Sizes, x, depth_index: int):
     name = f"{sizes.prefix(depth_index)}.ea"
     x = rms_norm(x, weights[f"{name}.norm"], sizes.norm_eps)
     chosen = route(weights, sizes, f"{name}.router", x, depth_index, sizes.active)
-    chosen = chosen._replace(scores=chosen.scores / jnp.sum(chosen.scores, axis=-1, keepdims=True))
-    gate = jnp.einsum("btd,edf->btef", x, weights[f"{name}.w_gate"])
-    up = jnp.einsum("btd,edf->btef", x, weights[f"{name}.w_up"])
-    every = jnp.einsum("btef,efd->bted", gate * jax.nn.sigmoid(gate) * up, weights[f"{name}.w_down"])
-    return jnp.einsum("bted,btae,bta->btd", every, chosen.one_hot, chosen.scores), chosen
+    chosen = chosen._replace(scores=chosen.scores * power(einsum("bta->bt", chosen.scores), -1)[..., None])
+    gate = einsum("btd,edf->btef", x, weights[f"{name}.w_gate"])
+    up = einsum("btd,edf->btef", x, weights[f"{name}.w_up"])
+    every = einsum("btef,efd->bted", gate * sigmoid(gate) * up, weights[f"{name}.w_down"])
+    return einsum("bted,btae,bta->btd", every, chosen.one_hot, chosen.scores), chosen
 
 
 # ----------------------------------------------------------------------------------------------- the whole model
@@ -289,9 +280,9 @@ def expert_attention(weights, sizes: Sizes, x, depth_index: int):
 
 def layer(weights, sizes: Sizes, x, depth_index: int, positions, segment_ids, cache: list):
     """Eq. 4, 5 or 6: x_l -> y_l, with the routes by kind and the depth attention map."""
-    routes, da, da_map = {}, jnp.zeros_like(x), None
+    routes, da, depth_map = {}, np.zeros(x.shape), None
     if sizes.depth_attention:
-        da, routes["da"], da_map = depth_attention(weights, sizes, x, depth_index, cache)
+        da, routes["da"], depth_map = depth_attention(weights, sizes, x, depth_index, cache)
 
     def sa(x):
         out, routes["sa"] = sequence_attention(weights, sizes, x, depth_index, positions, segment_ids)
@@ -312,50 +303,44 @@ def layer(weights, sizes: Sizes, x, depth_index: int, positions, segment_ids, ca
         y = x + da + sa(x) + ea(x)
     else:
         raise ValueError(f"mixture is {sizes.mixture!r}, not one of {MIXTURES}")
-    return y, routes, da_map
+    return y, routes, depth_map
 
 
 def run(weights, sizes: Sizes, tokens, positions, segment_ids):
-    """The model on JAX arrays, differentiable: logits, [x_0 ... x_L], the routes and the depth maps of each depth."""
+    """The model on Tensors: logits, [x_0 ... x_L], the routes and the depth attention map of each depth."""
     x = weights["embed"][tokens]
-    hidden, routes, da_maps, cache = [x], [], [], []
+    hidden, routes, depth_maps, cache = [x], [], [], []
     for depth_index in range(sizes.depth):
-        y, chosen, da_map = layer(weights, sizes, x, depth_index, positions, segment_ids, cache)
+        y, chosen, depth_map = layer(weights, sizes, x, depth_index, positions, segment_ids, cache)
         x = rms_norm(y, weights["residual_norm"], sizes.norm_eps) if sizes.depth_recurrent else y
         hidden.append(x)
         routes.append(chosen)
-        da_maps.append(da_map)
+        depth_maps.append(depth_map)
     if not sizes.depth_recurrent:
         x = rms_norm(x, weights["final_norm"], sizes.norm_eps)
-    return jnp.einsum("btd,dv->btv", x, weights["lm_head"]), hidden, routes, da_maps
+    return einsum("btd,dv->btv", x, weights["lm_head"]), hidden, routes, depth_maps
 
 
 def forward(weights: dict, sizes: Sizes, tokens, positions, segment_ids) -> Outputs:
     """One pass over tokens, positions, segment_ids [B, T] (segment 0 is padding, whose outputs mean nothing)."""
-    with jax.enable_x64(True):
-        weights, rows = to_jax(weights), [jnp.asarray(a) for a in (tokens, positions, segment_ids)]
-        logits, hidden, routes, da_maps = jax.jit(run, static_argnums=1)(weights, sizes, *rows)
-        kinds = ("sa", "da", "ea")
-        ids = {kind: [np.asarray(r[kind].ids) for r in routes] for kind in kinds if routes[0].get(kind)}
-        scores = {kind: np.stack([r[kind].scores for r in routes]) for kind in ids}
-        margin = min(float(r[kind].margin) for r in routes for kind in ids)
-    alone = {f"{k}_{what}": np.stack(a[k])[..., 0] if k in a else None
-             for k in ("sa", "da") for what, a in (("ids", ids), ("scores", scores))}  # fmt: skip
+    tokens, positions, segment_ids = (np.asarray(a) for a in (tokens, positions, segment_ids))
+    logits, hidden, routes, depth_maps = run(tensors(weights), sizes, tokens, positions, segment_ids)
+    kinds = [kind for kind in ("sa", "da", "ea") if routes[0].get(kind)]
+    ids = {kind: np.stack([r[kind].ids for r in routes]) for kind in kinds}
+    scores = {kind: np.stack([r[kind].scores.value for r in routes]) for kind in kinds}
     return Outputs(
-        logits=np.asarray(logits),
-        hidden=np.stack(hidden),
-        ea_ids=np.stack(ids["ea"]),
+        logits=logits.value,
+        hidden=np.stack([x.value for x in hidden]),
+        ea_ids=ids["ea"],
         ea_scores=scores["ea"],
-        da_attention=np.stack(da_maps) if sizes.depth_attention else None,
-        counts=count(ids, sizes, np.asarray(segment_ids)),
-        routing_margin=margin,
-        **alone,
+        sa_ids=ids["sa"][..., 0] if "sa" in ids else None,
+        sa_scores=scores["sa"][..., 0] if "sa" in ids else None,
+        da_ids=ids["da"][..., 0] if "da" in ids else None,
+        da_scores=scores["da"][..., 0] if "da" in ids else None,
+        da_attention=np.stack(depth_maps) if sizes.depth_attention else None,
+        counts=count(ids, sizes, segment_ids),
+        routing_margin=min(r[kind].margin for r in routes for kind in kinds),
     )
-
-
-def to_jax(weights: dict) -> dict:
-    """Float64 JAX arrays; inside `jax.enable_x64` only."""
-    return {name: jnp.asarray(array, jnp.float64) for name, array in weights.items()}
 
 
 def count(ids: dict, sizes: Sizes, segment_ids) -> dict[str, np.ndarray]:
@@ -370,49 +355,44 @@ def count(ids: dict, sizes: Sizes, segment_ids) -> dict[str, np.ndarray]:
     return counts
 
 
-# ------------------------------------------------------------------------------------------------ training, decoding
+# ------------------------------------------------------------------------------------------- training and decoding
 
 
-def counted_positions(segment_ids, response_mask=None) -> np.ndarray:
-    """[B, T - 1]: the successor lies in the same document (and, with a mask [B, T], is a response token)."""
+def predicted(segment_ids, response_mask=None) -> np.ndarray:
+    """[B, T - 1]: whether the successor is in the same document (and, with a mask [B, T], is a response token)."""
     segment_ids = np.asarray(segment_ids)
-    counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
+    chosen = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, :-1] > 0)
     if response_mask is not None:
-        counted &= np.asarray(response_mask)[:, 1:] > 0
-    if not counted.any():
+        chosen &= np.asarray(response_mask)[:, 1:] > 0
+    if not chosen.any():
         raise ValueError("no position has a successor to predict: the mean is over nothing")
-    return counted
+    return chosen
 
 
-def mean_cross_entropy(weights, sizes: Sizes, tokens, positions, segment_ids, counted):
-    """The loss on JAX arrays, differentiable; counted [B, T - 1]."""
-    logits = run(weights, sizes, tokens, positions, segment_ids)[0]
-    log_p = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    of_successor = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(counted, of_successor, 0.0)) / jnp.sum(counted, dtype=log_p.dtype)
+def cross_entropy(weights, sizes: Sizes, tokens, positions, segment_ids, response_mask=None) -> "Tensor":
+    """The loss on Tensors: the mean of -log softmax(logits)[successor] over the predicted positions."""
+    tokens, positions, segment_ids = (np.asarray(a) for a in (tokens, positions, segment_ids))
+    rows, columns = np.nonzero(predicted(segment_ids, response_mask))
+    logits = run(weights, sizes, tokens, positions, segment_ids)[0][rows, columns]
+    chosen = softmax(logits)[np.arange(len(rows)), tokens[rows, columns + 1]]
+    return einsum("i->", log(chosen)) * (-1 / len(rows))
 
 
 def loss(weights: dict, sizes: Sizes, tokens, positions, segment_ids, response_mask=None) -> float:
-    """Mean cross-entropy, in nats, over all counted positions of the batch."""
-    counted = counted_positions(segment_ids, response_mask)
-    with jax.enable_x64(True):
-        rows = [jnp.asarray(a) for a in (tokens, positions, segment_ids, counted)]
-        return float(jax.jit(mean_cross_entropy, static_argnums=1)(to_jax(weights), sizes, *rows))
+    """Mean cross-entropy, in nats, over all predicted positions of the batch."""
+    return float(cross_entropy(tensors(weights), sizes, tokens, positions, segment_ids, response_mask).value)
 
 
 def gradients(weights: dict, sizes: Sizes, tokens, positions, segment_ids, response_mask=None) -> dict[str, np.ndarray]:
     """Of the loss, by name; the biases of Eq. 3 are not trained and have none."""
-    counted = counted_positions(segment_ids, response_mask)
-    with jax.enable_x64(True):
-        rows = [jnp.asarray(a) for a in (tokens, positions, segment_ids, counted)]
-        of_all = jax.jit(jax.grad(mean_cross_entropy), static_argnums=1)(to_jax(weights), sizes, *rows)
-    return {name: np.asarray(gradient) for name, gradient in of_all.items() if not name.endswith(".bias")}
+    leaves = tensors(weights)
+    backward(cross_entropy(leaves, sizes, tokens, positions, segment_ids, response_mask))
+    return {name: leaf.gradient for name, leaf in leaves.items() if not name.endswith(".bias")}
 
 
 def updated_biases(weights: dict, sizes: Sizes, counts: dict, ea_rate=1e-3, attention_rate=1e-2) -> dict:
     """Eq. 3 once: b + rate * sign(median(N) - N)."""
-    rates = {f"{sizes.prefix(i)}.{kind}.router.bias": ea_rate if kind == "ea" else attention_rate
-             for i in range(sizes.depth) for kind in ("sa", "da", "ea")}  # fmt: skip
+    rates = {name: ea_rate if ".ea." in name else attention_rate for name in counts}
     return {name: weights[name] + rates[name] * np.sign(np.median(n) - n) for name, n in counts.items()}
 
 
@@ -424,3 +404,123 @@ def greedy_decode(weights: dict, sizes: Sizes, prompt, steps: int) -> list[int]:
         out = forward(weights, sizes, row, np.arange(len(text))[None], np.ones_like(row))
         text.append(int(np.argmax(out.logits[0, -1])))
     return text[len(prompt) :]
+
+
+# ------------------------------------------------------- reverse mode, just enough of it, so that no JAX is involved
+
+
+class Tensor:
+    """A float64 array that remembers from what it was computed: parents and, for each, cotangent -> its cotangent."""
+
+    def __init__(self, value, parents=()):
+        self.value = np.asarray(value, np.float64)
+        self.parents = parents
+        self.gradient = np.zeros_like(self.value)
+
+    @property
+    def shape(self):
+        return self.value.shape
+
+    def __add__(self, other):
+        other = tensor(other)
+        passes = [(x, lambda c, x=x: unbroadcast(c, x.shape)) for x in (self, other)]
+        return Tensor(self.value + other.value, passes)
+
+    def __mul__(self, other):
+        other = tensor(other)
+        pairs = ((self, other), (other, self))
+        passes = [(x, lambda c, x=x, y=y: unbroadcast(c * y.value, x.shape)) for x, y in pairs]
+        return Tensor(self.value * other.value, passes)
+
+    def __getitem__(self, index):
+        def scatter(cotangent):
+            whole = np.zeros(self.shape)
+            np.add.at(whole, index, cotangent)
+            return whole
+
+        return Tensor(self.value[index], [(self, scatter)])
+
+    def reshape(self, *shape):
+        return Tensor(self.value.reshape(shape), [(self, lambda c: c.reshape(self.shape))])
+
+
+def tensor(x) -> Tensor:
+    """X itself if it is a Tensor, else a constant."""
+    return x if isinstance(x, Tensor) else Tensor(x)
+
+
+def tensors(weights: dict) -> dict[str, Tensor]:
+    """Fresh leaves."""
+    return {name: Tensor(array) for name, array in weights.items()}
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """The value without its past."""
+    return Tensor(x.value)
+
+
+def unbroadcast(cotangent, shape):
+    """Sum over the axes along which an operand of this shape was repeated."""
+    cotangent = cotangent.sum(axis=tuple(range(cotangent.ndim - len(shape))))
+    repeated = tuple(i for i, size in enumerate(shape) if size == 1 and cotangent.shape[i] != 1)
+    return cotangent.sum(axis=repeated, keepdims=True)
+
+
+def einsum(spec: str, *operands) -> Tensor:
+    """np.einsum with an explicit output; letters that only one operand has are summed."""
+    operands = [tensor(x) for x in operands]
+    terms, out = spec.split("->")[0].split(","), spec.split("->")[1]
+
+    def pass_to(i):
+        # Ones in place of the operand: its letters that neither the output nor another operand has were summed away.
+        arrays = [x.value if j != i else np.ones(x.shape) for j, x in enumerate(operands)]
+        return lambda c: np.einsum(",".join((out, *terms)) + "->" + terms[i], c, *arrays, optimize=True)
+
+    value = np.einsum(spec, *(x.value for x in operands), optimize=True)
+    return Tensor(value, [(x, pass_to(i)) for i, x in enumerate(operands)])
+
+
+def concatenate(parts, axis=-1) -> Tensor:
+    """Along one axis."""
+    ends = np.cumsum([part.shape[axis] for part in parts])
+    passes = [(part, lambda c, i=i: np.split(c, ends[:-1], axis)[i]) for i, part in enumerate(parts)]
+    return Tensor(np.concatenate([part.value for part in parts], axis), passes)
+
+
+def power(x, exponent) -> Tensor:
+    """Elementwise x ** exponent."""
+    return Tensor(x.value**exponent, [(x, lambda c: c * exponent * x.value ** (exponent - 1))])
+
+
+def log(x) -> Tensor:
+    """Elementwise natural logarithm."""
+    return Tensor(np.log(x.value), [(x, lambda c: c / x.value)])
+
+
+def sigmoid(x) -> Tensor:
+    """Elementwise 1 / (1 + exp(-x))."""
+    y = 1 / (1 + np.exp(-x.value))
+    return Tensor(y, [(x, lambda c: c * y * (1 - y))])
+
+
+def softmax(x) -> Tensor:
+    """Over the last axis."""
+    y = np.exp(x.value - x.value.max(axis=-1, keepdims=True))
+    y = y / y.sum(axis=-1, keepdims=True)
+    return Tensor(y, [(x, lambda c: y * (c - (c * y).sum(axis=-1, keepdims=True)))])
+
+
+def backward(end: Tensor) -> None:
+    """Adds d end / d x to x.gradient of everything that the scalar `end` was computed from."""
+    order, seen, stack = [], set(), [(end, False)]
+    while stack:
+        node, parents_done = stack.pop()
+        if parents_done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack += [(node, True), *((parent, False) for parent, _ in node.parents)]
+    end.gradient = np.ones_like(end.value)
+    for node in reversed(order):
+        for parent, vjp in node.parents:
+            parent.gradient = parent.gradient + vjp(node.gradient)

@@ -7,7 +7,7 @@ a killed preparation leaves nothing that could be taken for a result, and of two
                   tokenizer.model | .json
                   <source>/1.0.0/...             TFDS dataset, splits train and validation, ArrayRecord
                   <source>/<split>.plan.npz      packing (see pack)
-                  <source>/unigrams.npy          [V] count of each token id as a training target
+                  <source>/unigrams.npy          [2, V] count of each id as a training target, in prompts and responses
 """
 
 import contextlib
@@ -222,7 +222,7 @@ def _make_tokenizer(config: Config, directory: Path, scratch: Path) -> Tokenizer
     """Train the tokenizer on the training documents, or copy the given one, into `directory`."""
     if config.data.tokenizer != "train":
         tokenizer = load_tokenizer(_tokenizer_file(config.data.tokenizer))
-        _check_vocabulary(tokenizer, config)
+        _check_vocabulary(tokenizer.vocab_size, config)
         tokenizer.save(directory)
         return tokenizer
     texts = (
@@ -234,21 +234,21 @@ def _make_tokenizer(config: Config, directory: Path, scratch: Path) -> Tokenizer
     return load_tokenizer(directory)
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    if tokenizer.vocab_size > config.model.vocab:
+def _check_vocabulary(size: int, config: Config) -> None:
+    if size > config.model.vocab:
         raise DataError(
-            f"tokenizer '{config.data.tokenizer}' has {tokenizer.vocab_size} entries and model.vocab = "
-            f"{config.model.vocab}; give --model.vocab {tokenizer.vocab_size} (a multiple of 128 is faster)"
+            f"tokenizer '{config.data.tokenizer}' has {size} entries and model.vocab = {config.model.vocab}; "
+            f"give --model.vocab {-(-size // 128) * 128}"
         )
 
 
-class TokenizedDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class TokenizedDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS dataset of token ids, in the order in which they are given."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # there are no checksums of downloads beside the code; looking for them needs importlib_resources
 
-    def __init__(self, name: str, splits: Mapping[str, Iterable[dict[str, Any]]], data_dir: Path):
+    def __init__(self, name: str, splits: Mapping[Split, Iterable[dict[str, Any]]], data_dir: Path):
         self.name = name
         self._documents = splits
         super().__init__(data_dir=str(data_dir), file_format="array_record")
@@ -274,12 +274,14 @@ class _Tally:
 
     def __init__(self, vocab: int):
         self.lengths: list[int] = []
-        self.targets = np.zeros(vocab, np.int64)
+        self.targets = np.zeros((2, vocab), np.int64)
         self.examples: list[Document] = []
 
-    def add(self, document: Document, tokens: Sequence[int]) -> None:
+    def add(self, document: Document, tokens: Sequence[int], response_start: int) -> None:
+        """Count one document; its first token is never a target, since nothing stands before it."""
         self.lengths.append(len(tokens))
-        self.targets += np.bincount(tokens[1:], minlength=len(self.targets))
+        np.add.at(self.targets[0], tokens[1:response_start], 1)
+        np.add.at(self.targets[1], tokens[response_start:], 1)
         if len(self.examples) < EXAMPLES:
             self.examples.append(document)
 
@@ -350,7 +352,7 @@ def _tokenize(
                 )
             skipped["longer than the context"] += 1
             continue
-        tally.add(document, tokens)
+        tally.add(document, tokens, len(prompt))
         yield {"tokens": np.asarray(tokens, np.int32), "response_start": len(prompt)}
 
 
@@ -367,17 +369,17 @@ def _open(config: Config, directory: Path) -> Prepared:
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         for name, size in report["files"].items():
-            if (directory / name).stat().st_size != size:
-                raise DataError(f"'{directory / name}' has not the {size} bytes it was written with; {mend}")
+            found = (directory / name).stat().st_size
+            if found != size:
+                raise DataError(f"'{directory / name}' has {found} bytes and was written with {size}; {mend}")
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"the prepared data are damaged ({error}); {mend}") from error
-    tokenizer = load_tokenizer(directory)
-    _check_vocabulary(tokenizer, config)
+    _check_vocabulary(report["vocab"], config)
     return Prepared(
         directory=directory,
         tokenizer=next(directory.glob("tokenizer.*")),
         splits={
-            name: {split: source[split]["documents"] for split in SPLITS} for name, source in report["sources"].items()
+            name: {split: part[split]["documents"] for split in SPLITS} for name, part in report["sources"].items()
         },
         unigram_entropy=_mixture_entropy(config, directory, report),
         report=report,
@@ -388,7 +390,9 @@ def _mixture_entropy(config: Config, directory: Path, report: dict[str, Any]) ->
     """Entropy of the targets' distribution, each source with its share of the mixture's tokens: weight times fill."""
     mixture = np.zeros(report["vocab"])
     for source in config.data.sources:
-        counts = np.load(directory / source.name / "unigrams.npy")
-        mixture += source.weight * report["sources"][source.name]["train"]["fill"] * counts / counts.sum()
-    shares = mixture[mixture > 0] / mixture.sum()
-    return float(-(shares * np.log(shares)).sum())
+        prompts, responses = np.load(directory / source.name / "unigrams.npy")
+        targets = responses if config.data.response_only else prompts + responses
+        share = source.weight * report["sources"][source.name]["train"]["fill"]
+        mixture += share * targets / (prompts + responses).sum()
+    probabilities = mixture[mixture > 0] / mixture.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())

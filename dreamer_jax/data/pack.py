@@ -115,9 +115,9 @@ def _deal(plan: Plan, rank: int, seed: int, epoch: int) -> int:
 def permute(index: int, count: int, *key: int) -> int:
     """Place of `index` in a pseudo-random permutation of `count` that depends on `key`.
 
-    A Feistel network permutes the numbers of the next even number of bits; walking on until the result is below `count`
-    restricts it. Our own, as it is part of what a stream of batches is: no library's release may change it (and Grain's
-    index_shuffle takes milliseconds for small counts).
+    A Feistel network of eight rounds permutes the numbers of the next even count of bits; walking on until the result
+    is below `count` restricts it. Our own, because it is part of what the stream of batches is: no library's release
+    may change it, and Grain's index_shuffle takes milliseconds where the count is small.
     """
     half = (max(1, (count - 1).bit_length()) + 1) // 2
     mask = (1 << half) - 1
@@ -133,8 +133,8 @@ def permute(index: int, count: int, *key: int) -> int:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
-    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, 32, 8))
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=64).digest()
+    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, 64, 8))
 
 
 def _mix(value: int) -> int:

@@ -7,7 +7,7 @@ import io
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import sentencepiece
 import tokenizers
@@ -20,6 +20,7 @@ TRAINING_LINES = 2_000_000
 """Lines that SentencePiece reads at most; it samples from more."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
@@ -33,7 +34,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of the text; none is a special token."""
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of the ids. Special tokens and ids outside the vocabulary are dropped.
 
         A character whose bytes are not all there shows as U+FFFD: a stream of tokens holds back a text that ends so.
@@ -57,17 +58,15 @@ class SentencePieceTokenizer:
         if self.eos < 0:
             raise DataError(f"tokenizer '{path}' has no end-of-document token; train it with eos_id")
         self.bos: int = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos
+        self._special = {i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; control symbols spelt out in it are ordinary characters."""
         return self._model.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of the ids, without special tokens."""
-        return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and not self._special(i)])
-
-    def _special(self, token: int) -> bool:
-        return self._model.is_control(token) or self._model.is_unknown(token)
+        return self._model.decode(_text_tokens(ids, self))
 
     def save(self, directory: str | Path) -> Path:
         """Copy the model to `tokenizer.model`."""
@@ -106,14 +105,18 @@ class JsonTokenizer:
             raise DataError(f"tokenizer '{self._path}' makes a special token of the text {text[:200]!r}")
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of the ids, without special tokens."""
-        kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self._special]
-        return self._model.decode(kept, skip_special_tokens=False)
+        return self._model.decode(_text_tokens(ids, self), skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> Path:
         """Copy the file to `tokenizer.json`."""
         return Path(shutil.copyfile(self._path, Path(directory) / "tokenizer.json"))
+
+
+def _text_tokens(ids: Iterable[SupportsIndex], tokenizer: SentencePieceTokenizer | JsonTokenizer) -> list[int]:
+    """The ids that stand for text: neither special nor beyond the vocabulary (a model may have more rows than that)."""
+    return [i for i in map(int, ids) if 0 <= i < tokenizer.vocab_size and i not in tokenizer._special]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

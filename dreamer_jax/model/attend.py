@@ -5,14 +5,13 @@ for CPUs), `cudnn` and `tokamax` are NVIDIA kernels, `splash` is the TPU kernel,
 In all of them query head i reads key/value head i // (N / K), scores are divided by sqrt(H), and the softmax is float32.
 """
 
-import functools
 import math
 from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int
 
 AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
@@ -186,6 +185,61 @@ def _row_backward(q, k, v, segments, out, lse, d_out):
     return d_q, d_k.astype(dtype), d_v.astype(dtype)
 
 
+# ---- kernels of the accelerators
+
+
+def _attend_cudnn(q, k, v, segment_ids):
+    """cuDNN's flash attention: bfloat16 or float16, H <= 256 and a multiple of 8. The documents are a [B, 1, T, T] bias
+    here; `tokamax` needs no mask in memory."""
+    mask = causal_mask(segment_ids)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _attend_tokamax(q, k, v, segment_ids):
+    """Flash attention of tokamax for NVIDIA: each query has the first key of its document as a lower bound."""
+    try:
+        from tokamax._src.ops.attention import api, base  # its public function takes no such bound
+    except ImportError as error:
+        raise ImportError("attention backend 'tokamax' needs the extra dreamer-jax[gpu]") from error
+    mask = base.Mask(k_start=_document_start(segment_ids)[:, None], is_causal=True)
+    return api.IMPLEMENTATIONS["triton" if q.dtype == jnp.float32 else "mosaic_gpu"](q, k, v, mask=mask)
+
+
+def _document_start(segment_ids):
+    """Index of the first token of each token's document: [B, T]."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    token = jnp.arange(1, segment_ids.shape[1], dtype=jnp.int32)
+    return lax.cummax(jnp.pad(jnp.where(changes, token[None], 0), [(0, 0), (1, 0)]), axis=1)
+
+
+def _attend_splash(q, k, v, segment_ids, interpret=False):
+    """The TPU's splash attention: T and H are padded to multiples of 128, the kernel's tile."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    padded = T + -T % 128
+    kernel = _splash_kernel(padded, N // K, interpret)
+
+    def heads_first(x):  # [B, T, N, H] -> [B, N, T, H]; zeros in H change no score
+        x = jnp.pad(x, [(0, 0), (0, padded - T), (0, 0), (0, -H % 128)])
+        return x.transpose(0, 2, 1, 3)
+
+    query = heads_first(q / math.sqrt(H)).reshape(B, K, N // K, padded, -1)
+    segments = jnp.pad(segment_ids, [(0, 0), (0, padded - T)])
+    one_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over key/value heads
+    out = jax.vmap(lambda q, k, v, ids: one_row(q, k, v, splash.SegmentIds(ids, ids)))(
+        query, heads_first(k), heads_first(v), segments
+    )
+    return out.reshape(B, N, padded, -1)[:, :, :T, :H].transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def _splash_kernel(T, group, interpret):
+    block = max(size for size in (128, 256, 512) if T % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * group)
+    return splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
+
+
 # ---- depth attention
 
 
@@ -209,20 +263,7 @@ def attend_depth(
     return out.reshape(B, T, N, H), jnp.moveaxis(probabilities, 0, -1).reshape(B, T, N, L)
 
 
-# A product and a sum, not an einsum: one query per matrix is no work for a matmul, and these fuse with their neighbours.
-# Shapes: queries [.., K, G, H], keys [.., K, H], scores [.., K, G], all products in float32.
-
-
-def _dot(queries, keys):
-    return (queries.astype(jnp.float32) * keys[..., None, :].astype(jnp.float32)).sum(axis=-1)
-
-
-def _spread(scores, keys):
-    return scores[..., None] * keys[..., None, :].astype(jnp.float32)
-
-
-def _gather_group(scores, queries):
-    return (scores[..., None] * queries.astype(jnp.float32)).sum(axis=-2)
+# Queries of one token are grouped by key/value head: q, out [B, T, K, G, H]; scores and probabilities p [L, B, T, K, G].
 
 
 def _by_depth(past, own, depth):
@@ -235,13 +276,33 @@ def _before(x, depth):
     return jnp.where(jnp.arange(x.shape[0]).reshape(-1, *[1] * (x.ndim - 1)) < depth, x, 0)
 
 
+def _score(q, k, cached_k, depth):
+    """Products of the token's q with the key of each depth, zero after `depth`: [L, B, T, K, G]."""
+    past = jnp.einsum("btkgh,lbtkh->lbtkg", q, cached_k, preferred_element_type=jnp.float32)
+    own = jnp.einsum("btkgh,btkh->btkg", q, k, preferred_element_type=jnp.float32)
+    return _by_depth(past, own, depth)
+
+
+def _mix(weights, v, cached_v, depth):
+    """Sum over depths of weights [L, B, T, K, G] times values: [B, T, K, G, H] in float32."""
+    weights = weights.astype(v.dtype)
+    past, own = _before(weights, depth), weights[depth]
+    mixed = jnp.einsum("lbtkg,lbtkh->btkgh", past, cached_v, preferred_element_type=jnp.float32)
+    return mixed + own[..., None].astype(jnp.float32) * v[..., None, :].astype(jnp.float32)
+
+
+def _spread(weights, x):
+    """Sum over a group of weights [..., K, G] times x [..., K, G, H]: [..., K, H] in float32. An elementwise product (G
+    is 1 or small), so that it fuses with the addition to the cache's accumulated gradient."""
+    return (weights[..., None] * x.astype(jnp.float32)).sum(axis=-2)
+
+
 @jax.custom_vjp
 def _attend_depth(q, k, v, cached_k, cached_v, depth):
-    scores = _by_depth(_dot(q[None], cached_k), _dot(q, k), depth) / math.sqrt(q.shape[-1])
+    scores = _score(q, k, cached_k, depth) / math.sqrt(q.shape[-1])
     reached = jnp.arange(scores.shape[0]).reshape(-1, 1, 1, 1, 1) <= depth
-    p = lax.optimization_barrier(jax.nn.softmax(lax.optimization_barrier(scores), axis=0, where=reached))
-    out = _before(_spread(p, cached_v), depth).sum(axis=0) + _spread(p[depth], v)
-    return out.astype(q.dtype), p
+    p = jax.nn.softmax(scores, axis=0, where=reached)
+    return _mix(p, v, cached_v, depth).astype(q.dtype), p
 
 
 def _attend_depth_forward(q, k, v, cached_k, cached_v, depth):
@@ -252,15 +313,13 @@ def _attend_depth_forward(q, k, v, cached_k, cached_v, depth):
 def _attend_depth_backward(residuals, cotangents):
     q, k, v, cached_k, cached_v, depth, p = residuals
     d_out, d_p = cotangents
-    d_p = lax.optimization_barrier(d_p + _by_depth(_dot(d_out[None], cached_v), _dot(d_out, v), depth))
+    d_p = d_p + _score(d_out, v, cached_v, depth)
     d_scores = p * (d_p - (p * d_p).sum(axis=0, keepdims=True)) / math.sqrt(q.shape[-1])
-    d_scores = lax.optimization_barrier(d_scores)
-    d_q = _before(_spread(d_scores, cached_k), depth).sum(axis=0) + _spread(d_scores[depth], k)
-    d_k, d_v = _gather_group(d_scores[depth], q), _gather_group(p[depth], d_out)
-    d_cached_k = _before(_gather_group(d_scores, q[None]), depth)
-    d_cached_v = _before(_gather_group(p, d_out[None]), depth)
-    cast = (d_q, q), (d_k, k), (d_v, v), (d_cached_k, cached_k), (d_cached_v, cached_v)
-    return *(gradient.astype(primal.dtype) for gradient, primal in cast), None
+    d_q = _mix(d_scores, k, cached_k, depth)
+    d_k, d_v = _spread(d_scores[depth], q), _spread(p[depth], d_out)
+    d_cached_k, d_cached_v = _spread(_before(d_scores, depth), q[None]), _spread(_before(p, depth), d_out[None])
+    gradients = d_q, d_k, d_v, d_cached_k, d_cached_v
+    return *(d_x.astype(x.dtype) for d_x, x in zip(gradients, residuals, strict=False)), None
 
 
 _attend_depth.defvjp(_attend_depth_forward, _attend_depth_backward)

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat, TextIO
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Num
+from numpy.typing import ArrayLike
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -26,6 +27,15 @@ from dreamer_jax.config import Config, ConfigError
 Record = dict[str, float | list[float]]
 Write = Callable[[int, Record], None]
 """write(step, record)."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Where progress is printed; stderr is one."""
+
+    def write(self, text: str, /) -> int: ...  # noqa: D102
+    def flush(self) -> None: ...  # noqa: D102
+    def isatty(self) -> bool: ...  # noqa: D102
 
 
 # From figures to records.
@@ -162,17 +172,17 @@ def scalars(record: Record) -> dict[str, float]:
     return {name: value for name, value in flat.items() if math.isfinite(value)}
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
     """The quotient, and 0 where nothing was counted."""
     part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def _max_over_mean(counts: np.ndarray) -> np.ndarray:
+def _max_over_mean(counts: Int[np.ndarray, "L E"]) -> np.ndarray:
     return _ratio(np.max(counts, axis=-1), np.mean(counts, axis=-1))
 
 
-def _unused(counts: np.ndarray) -> np.ndarray:
+def _unused(counts: Int[np.ndarray, "L E"]) -> np.ndarray:
     return np.sum(counts == 0, axis=-1)
 
 
@@ -186,7 +196,7 @@ class Sinks:
     later steps is dropped, since those steps are taken again.
     """
 
-    def __init__(self, config: Config, *, step: int, process: int, stream: TextIO | None = None):
+    def __init__(self, config: Config, *, step: int, process: int, stream: Stream | None = None):
         """Nothing is opened yet. `process` is `jax.process_index()`, `stream` shows the progress (default: stderr)."""
         self._config, self._step, self._active = config, step, process == 0
         self._stream = stream
@@ -261,7 +271,7 @@ def drop_later_records(path: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def tensorboard_sink(folder: Path, step: int) -> Iterator[Write]:
-    """TensorBoard events: a list is one scalar per depth. Events of later steps that a crash left are marked as void."""
+    """TensorBoard events: a list is one scalar per depth. What a crash left of later steps is voided."""
     with SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30) as writer:
 
         def write(step: int, record: Record) -> None:
@@ -302,7 +312,7 @@ def wandb_sink(config: Config, step: int) -> Iterator[Write]:
 class Progress:
     """The figures that people watch, with the time left: a bar in a terminal, elsewhere a line now and then."""
 
-    def __init__(self, steps: int, step: int, stream: TextIO, *, seconds_between_lines: float = 60.0):
+    def __init__(self, steps: int, step: int, stream: Stream, *, seconds_between_lines: float = 60.0):
         """From `step` on to `steps`."""
         self._steps, self._first, self._step, self._stream = steps, step, step, stream
         self._start, self._printed, self._pause = time.monotonic(), -math.inf, seconds_between_lines

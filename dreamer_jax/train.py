@@ -1,0 +1,66 @@
+"""Train a model: `python -m dreamer_jax.train --config configs/tiny.py [--section.key value ...]`."""
+
+import argparse
+import sys
+import time
+
+from dreamer_jax import config as configuration
+from dreamer_jax.config import Config, ConfigError
+
+USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
+
+Trains the model of a config file; run again, it resumes from the newest checkpoint of the run's folder.
+`--config FILE --help` lists every key of the config with its default."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, train, report."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        return run(config)
+    except (ConfigError, ValueError, RuntimeError, OSError) as error:
+        if not _ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(arguments: list[str]) -> Config:
+    """The resolved config of a command line."""
+    parser = argparse.ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, overrides = parser.parse_known_args(arguments)
+    if known.config is None:
+        print(f"usage: {USAGE}")
+        raise SystemExit(0 if {"-h", "--help"} & set(arguments) else 2)
+    return configuration.load(known.config, overrides)
+
+
+def run(config: Config) -> int:
+    """Train and say what came of it."""
+    from dreamer_jax.training.loop import train  # late, so that --help and config errors do not wait for JAX
+
+    started = time.monotonic()
+    summary = train(config)
+    minutes = (time.monotonic() - started) / 60
+    if summary.stopped_by:
+        print(f"{summary.stopped_by}: saved step {summary.step} in {config.run_dir}; the same command resumes there.")
+        return 0
+    print(f"trained {config.model.variant} to step {summary.step} in {minutes:.1f} minutes")
+    if summary.train_loss is not None:
+        print(f"  training loss    {summary.train_loss:.4f} nats per token (last batch)")
+    if summary.validation_loss is not None:
+        print(f"  validation loss  {summary.validation_loss:.4f} nats per token")
+    print(f"  unigram entropy  {summary.unigram_entropy:.4f} nats per token (what token frequencies alone reach)")
+    print(f"wrote {config.run_dir}: checkpoints, config.json, tokenizer, metrics.jsonl, tensorboard")
+    print(f'next: python -m dreamer_jax.generate --checkpoint {config.run_dir} --prompt "..."')
+    return 0
+
+
+def _ours(error: BaseException) -> bool:
+    """Errors with a message for the user; anything else is a bug and keeps its traceback."""
+    return type(error).__module__.startswith("dreamer_jax.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Batches: a pure function of seed and step, whoever asks and however often it was interrupted."""
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamer_jax.config import Config
+from dreamer_jax.data.builder import Prepared, prepare
+from dreamer_jax.data.loader import batches, rows
+from dreamer_jax.data.sources import DataError, render_prompt
+from dreamer_jax.data.tokenizer import load_tokenizer
+from tests.data.conftest import sums
+
+Batch = dict[str, np.ndarray]
+
+
+def take(count: int, prepared: Prepared, config: Config, **kwargs: object) -> list[Batch]:
+    stream = batches(prepared, config, **{"split": "train"} | kwargs)
+    found = list(itertools.islice(stream, count))
+    stream.close()
+    return found
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def documents_of(batch: Batch) -> list[tuple[int, ...]]:
+    return [
+        tuple(tokens[segments == segment].tolist())
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def stream(prepared: Prepared, config: Config) -> list[Batch]:
+    return take(12, prepared, config)
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_a_resumed_run_sees_the_same_batches(prepared: Prepared, config: Config, stream: list[Batch], step: int):
+    assert equal(take(12 - step, prepared, config, start_step=step), stream[step:])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_processes_parts_make_up_the_global_batch(prepared: Prepared, config: Config, processes: int, split: str):
+    parts = [
+        take(2, prepared, config, split=split, start_step=0, process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
+    joined = [{k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts, strict=True)]
+    assert equal(joined, take(2, prepared, config, split=split))
+
+
+@pytest.mark.parametrize("prefetch", [0, 7])
+def test_prefetching_changes_nothing(prepared: Prepared, config: Config, stream: list[Batch], prefetch: int):
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=prefetch))
+    assert equal(take(12, prepared, other), stream)
+
+
+def test_another_seed_is_another_order(prepared: Prepared, config: Config, stream: list[Batch]):
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=6))
+    assert not equal(take(12, prepared, other), stream)
+
+
+def test_any_step_is_reached_at_once(prepared: Prepared, config: Config):
+    assert equal(take(1, prepared, config, start_step=10**9), take(1, prepared, config, start_step=10**9))
+
+
+def test_shapes_and_types(config: Config, stream: list[Batch]):
+    shape = (config.train.batch, config.data.context)
+    kinds = {"tokens": np.int32, "positions": np.int32, "segment_ids": np.int32, "response_mask": np.bool_}
+    for batch in stream:
+        assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == {
+            name: (shape, kind) for name, kind in kinds.items()
+        }
+
+
+def test_positions_restart_and_segments_count_up_in_each_document(prepared: Prepared, stream: list[Batch]):
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    for batch in stream:
+        for tokens, positions, segments in zip(batch["tokens"], batch["positions"], batch["segment_ids"], strict=True):
+            used = int((segments > 0).sum())
+            assert not np.concatenate([tokens[used:], positions[used:], segments[used:]]).any()
+            starts = np.flatnonzero(positions[:used] == 0)
+            assert (tokens[starts] == tokenizer.bos).all()
+            ends = np.append(starts[1:], used)
+            assert (tokens[ends - 1] == tokenizer.eos).all()
+            for segment, (start, end) in enumerate(zip(starts, ends, strict=True), start=1):
+                assert (segments[start:end] == segment).all()
+                assert (positions[start:end] == np.arange(end - start)).all()
+
+
+def test_the_mask_covers_the_response_and_its_end(prepared: Prepared, stream: list[Batch]):
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    for tokens, segments, mask in zip(*(stream[0][k] for k in ("tokens", "segment_ids", "response_mask")), strict=True):
+        assert not mask[segments == 0].any()
+        for segment in range(1, segments.max() + 1):
+            inside = segments == segment
+            prompt, response = tokens[inside & ~mask], tokens[inside & mask]
+            assert response[-1] == tokenizer.eos
+            assert tokenizer.decode(prompt).endswith(render_prompt("")[-8:])
+            assert tokenizer.decode(response).startswith((" #### ", " They are "))
+
+
+def test_an_epoch_of_batches_holds_every_document_once(one_source: Callable[..., Config]):
+    config = one_source(sums(64, seed=1))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=1))
+    prepared = prepare(config)
+    count = prepared.report["sources"]["sums"]["train"]["rows"]
+    for epoch in range(2):
+        found = [d for batch in take(count, prepared, config, start_step=epoch * count) for d in documents_of(batch)]
+        assert len(found) == len(set(found)) == 64
+
+
+def test_rows_follow_the_weights(prepared: Prepared, config: Config, stream: list[Batch]):
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    beginnings = [tokenizer.decode(row[:12]) for batch in stream for row in batch["tokens"]]
+    of_sums = [text.startswith("Question: What is") for text in beginnings]
+    assert sum(of_sums) == pytest.approx(0.75 * len(of_sums), abs=1)
+
+
+def test_validation_is_fixed_finite_and_repeats_no_row(prepared: Prepared, config: Config):
+    first = take(99, prepared, config, split="validation")
+    assert equal(first, take(99, prepared, config, split="validation"))
+    available = len(rows(prepared, config, "validation"))
+    assert len(first) == min(config.train.validation_batches, -(-available // config.train.batch))
+    found = [document for batch in first for document in documents_of(batch)]
+    assert len(found) == len(set(found)) > 0
+
+
+def test_a_small_held_out_set_is_filled_up_with_empty_rows(one_source: Callable[..., Config]):
+    config = one_source(sums(30, seed=1))
+    many = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=16, validation_batches=50))
+    prepared = prepare(many)
+    (only,) = take(99, prepared, many, split="validation")
+    assert (only["segment_ids"].max(axis=1) > 0).sum() == prepared.report["sources"]["sums"]["validation"]["rows"] < 16
+    assert len(set(documents_of(only))) == len(documents_of(only)) == 20
+
+
+def test_training_and_validation_share_no_prompt(prepared: Prepared, config: Config):
+    def prompts(split: str, count: int) -> set[tuple[int, ...]]:
+        return {
+            tuple(row[(segments == s) & ~mask].tolist())
+            for batch in take(count, prepared, config, split=split)
+            for row, segments, mask in zip(*(batch[k] for k in ("tokens", "segment_ids", "response_mask")), strict=True)
+            for s in range(1, segments.max() + 1)
+        }
+
+    assert prompts("train", 12).isdisjoint(prompts("validation", 99))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(prepared: Prepared, config: Config):
+    with pytest.raises(DataError, match=r"train\.batch = 8 is not a multiple of the 3 processes"):
+        batches(prepared, config, split="train", process_count=3)
+
+
+def test_flipped_bytes_in_the_records_name_the_folder_to_delete(one_source: Callable[..., Config]):
+    config = one_source(sums(64, seed=1))
+    prepared = prepare(config)
+    record: Path = next(prepared.directory.rglob("*train.array_record*"))
+    content = bytearray(record.read_bytes())
+    content[200:6000] = bytes(5800)
+    record.write_bytes(content)
+    with pytest.raises(DataError, match=rf"damaged: delete the folder '{prepared.directory}'"):
+        take(20, prepared, config)
+
+
+def test_a_closed_iterator_leaves_no_thread(prepared: Prepared, config: Config):
+    before = threading.active_count()
+    stream = batches(prepared, config, split="train")
+    next(stream)
+    assert threading.active_count() > before
+    stream.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
