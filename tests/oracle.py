@@ -73,7 +73,9 @@ class Outputs(NamedTuple):
     da_scores: np.ndarray | None
     da_attention: np.ndarray | None  # [L, B, T, N, L], query depth first, key depth last, zero above the diagonal
     counts: dict[str, np.ndarray]  # by the bias they balance; padding not counted
-    routing_margin: float  # least lead of a chosen over a rejected expert: float32 may route otherwise if it is tiny
+    routing_margin: (
+        float  # least lead of a chosen over a rejected expert: where it is tiny float32 may choose otherwise
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -189,7 +191,7 @@ class Route(NamedTuple):
     ids: np.ndarray  # [B, T, A], best first
     scores: "Tensor"  # [B, T, A], sigmoid of the logit
     one_hot: np.ndarray  # [B, T, A, E]
-    margin: float
+    margin: np.ndarray  # [B, T]
 
 
 def select(logits, bias, active: int) -> Route:
@@ -198,9 +200,9 @@ def select(logits, bias, active: int) -> Route:
     order = np.argsort(-preference, axis=-1, kind="stable")
     one_hot = np.eye(preference.shape[-1])[order[..., :active]]
     ranked = np.take_along_axis(preference, order, axis=-1)
-    rejected = active < preference.shape[-1]
-    margin = np.min(ranked[..., active - 1] - ranked[..., active]) if rejected else np.inf
-    return Route(order[..., :active], einsum("bte,btae->bta", sigmoid(logits), one_hot), one_hot, float(margin))
+    ranked = np.pad(ranked, ((0, 0), (0, 0), (0, 1)), constant_values=-np.inf)  # nothing is rejected: no end of lead
+    margin = ranked[..., active - 1] - ranked[..., active]
+    return Route(order[..., :active], einsum("bte,btae->bta", sigmoid(logits), one_hot), one_hot, margin)
 
 
 def route(weights, sizes: Sizes, name: str, x, depth_index: int, active: int) -> Route:
@@ -339,7 +341,7 @@ def forward(weights: dict, sizes: Sizes, tokens, positions, segment_ids) -> Outp
         da_scores=scores["da"][..., 0] if "da" in ids else None,
         da_attention=np.stack(depth_maps) if sizes.depth_attention else None,
         counts=count(ids, sizes, segment_ids),
-        routing_margin=min(r[kind].margin for r in routes for kind in kinds),
+        routing_margin=min(r[kind].margin[segment_ids > 0].min() for r in routes for kind in kinds),
     )
 
 

@@ -169,8 +169,10 @@ def _text(row: dict[str, object], key: str, data: DataConfig) -> str:
         raise _UnusableRow(f"field '{key}' is not text")
     if data.calculator_marks == "drop":
         value = CALCULATOR_MARK.sub("", value)
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _UnusableRow(f"field '{key}' has half a surrogate pair, which is no Unicode text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _UnusableRow(f"field '{key}' has half a surrogate pair, which is no Unicode text") from None
     if not value.strip():
         raise _UnusableRow(f"field '{key}' is empty")
     return value.strip()

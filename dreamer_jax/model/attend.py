@@ -1,8 +1,9 @@
 """Softmax attention over the sequence, over the cache of a generated sequence, and over the depths of one token.
 
 The sequence form has one meaning and several backends: `blocks` is plain JAX (flash attention in linear memory, made
-for CPUs), `cudnn` and `tokamax` are NVIDIA kernels, `splash` is the TPU kernel, and `dense` writes the T x T matrix out.
-In all of them query head i reads key/value head i // (N / K), scores are divided by sqrt(H), and the softmax is float32.
+for CPUs), `cudnn` and `tokamax` are NVIDIA kernels, `splash` is the TPU kernel, `dense` writes the T x T matrix out.
+In all of them query head i reads key/value head i // (N / K), scores are divided by sqrt(H), and the softmax is in
+float32.
 """
 
 import math
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
@@ -42,11 +44,11 @@ def attend_sequence(
     if backend == "blocks":
         return _attend_blocks(q, k, v, segment_ids)
     if backend == "cudnn":
-        return _attend_cudnn(q, k, v, segment_ids)
+        return _call_kernel(_attend_cudnn, q, k, v, segment_ids)
     if backend == "tokamax":
-        return _attend_tokamax(q, k, v, segment_ids)
+        return _call_kernel(_attend_tokamax, q, k, v, segment_ids)
     if backend == "splash":
-        return _attend_splash(q, k, v, segment_ids)
+        return _call_kernel(_attend_splash, q, k, v, segment_ids)
     if backend == "dense":
         return attend_cache(q, k, v, causal_mask(segment_ids))
     assert_never(backend)
@@ -73,28 +75,29 @@ def attend_cache(
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-# ---- blocks: flash attention in plain JAX. A row's keys are visited block by block with a running softmax, so memory is
-# ---- linear in T; the backward pass rebuilds the probabilities from q, k and the log-sum-exp. Arrays of one row (one
-# ---- batch element) have the shapes q, out [C, K, G c, H], k, v [C, K, c, H]: C blocks of c tokens, G = N / K, and the
-# ---- G query heads of a key/value head stacked along the rows of one matrix.
+def _pad_tokens(x, multiple):
+    """Fill axis 1 up to a multiple: the new keys lie after every query, the new queries receive no cotangent."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+
+
+# ---- blocks: flash attention in plain JAX. A row's keys are visited block by block with a running softmax, so memory
+# ---- is linear in T; the backward pass rebuilds the probabilities from q, k and the log-sum-exp. Arrays of one row
+# ---- (one batch element) have the shapes q, out [C, K, G c, H] and k, v [C, K, c, H]: C blocks of c tokens, G = N / K,
+# ---- and the G query heads of a key/value head stacked along the rows of one matrix.
 
 
 def _attend_blocks(q, k, v, segment_ids):
     B, T, N, H = q.shape
     K = k.shape[2]
     c = min(BLOCK, T)
-    padding = -T % c
-
-    def pad(x):  # padded keys lie after every real query, and padded queries receive no cotangent
-        return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
     def split(x):  # [B, T, K G, H] -> [B, C, K, G c, H]
-        x = pad(x).reshape(B, -1, c, K, x.shape[2] // K, H)
+        x = _pad_tokens(x, c).reshape(B, -1, c, K, x.shape[2] // K, H)
         return x.transpose(0, 1, 3, 4, 2, 5).reshape(B, x.shape[1], K, -1, H)
 
-    out = _attend_rows(split(q), split(k), split(v), pad(segment_ids).reshape(B, -1, c))
+    out = _attend_rows(split(q), split(k), split(v), _pad_tokens(segment_ids, c).reshape(B, -1, c))
     out = out.reshape(B, -1, K, N // K, c, H).transpose(0, 1, 4, 2, 3, 5)
-    return out.reshape(B, T + padding, N, H)[:, :T]
+    return out.reshape(B, -1, N, H)[:, :T]
 
 
 @jax.custom_vjp
@@ -188,9 +191,45 @@ def _row_backward(q, k, v, segments, out, lse, d_out):
 # ---- kernels of the accelerators
 
 
+def _call_kernel(kernel, q, k, v, segment_ids):
+    """Call a kernel that knows nothing of varying axes from inside a shard_map that checks them.
+
+    The kernel and its derivative run in an inner, unchecked shard_map over no axis; multiplying by one there drops the
+    axes from an array's type, and what comes out is marked as varying again. Elsewhere the kernel is called as it is.
+    """
+    axes = tuple(jax.typeof(q).manual_axis_type.varying)
+    if not axes:
+        return kernel(q, k, v, segment_ids)
+
+    def unchecked(function, *arguments):
+        enter = jax.shard_map(
+            lambda *x: function(*jax.tree.map(lambda leaf: leaf * 1, x)),
+            in_specs=P(),
+            out_specs=P(),
+            axis_names=set(),
+            check_vma=False,
+        )
+        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), enter(*arguments))
+
+    @jax.custom_vjp
+    def call(q, k, v, ids):
+        return unchecked(kernel, q, k, v, ids)
+
+    def forward(q, k, v, ids):
+        return unchecked(lambda q, k, v, ids: jax.vjp(lambda *x: kernel(*x, ids), q, k, v), q, k, v, ids)
+
+    def backward(pull_back, d_out):
+        return *unchecked(lambda pull_back, d_out: pull_back(d_out), pull_back, d_out), None
+
+    call.defvjp(forward, backward)
+    return call(q, k, v, segment_ids)
+
+
 def _attend_cudnn(q, k, v, segment_ids):
-    """cuDNN's flash attention: bfloat16 or float16, H <= 256 and a multiple of 8. The documents are a [B, 1, T, T] bias
-    here; `tokamax` needs no mask in memory."""
+    """The flash attention of cuDNN: bfloat16 or float16, H <= 256 and a multiple of 8, even T.
+
+    The documents are a [B, 1, T, T] bias here; `tokamax` needs no mask in memory.
+    """
     mask = causal_mask(segment_ids)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
@@ -201,8 +240,11 @@ def _attend_tokamax(q, k, v, segment_ids):
         from tokamax._src.ops.attention import api, base  # its public function takes no such bound
     except ImportError as error:
         raise ImportError("attention backend 'tokamax' needs the extra dreamer-jax[gpu]") from error
+    T = q.shape[1]
+    q, k, v, segment_ids = (_pad_tokens(x, 128) for x in (q, k, v, segment_ids))
     mask = base.Mask(k_start=_document_start(segment_ids)[:, None], is_causal=True)
-    return api.IMPLEMENTATIONS["triton" if q.dtype == jnp.float32 else "mosaic_gpu"](q, k, v, mask=mask)
+    kernel = api.IMPLEMENTATIONS["triton" if q.dtype == jnp.float32 else "mosaic_gpu"]
+    return kernel(q, k, v, mask=mask)[:, :T]
 
 
 def _document_start(segment_ids):
@@ -216,26 +258,25 @@ def _attend_splash(q, k, v, segment_ids, interpret=False):
     """The TPU's splash attention: T and H are padded to multiples of 128, the kernel's tile."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    padded = T + -T % 128
-    kernel = _splash_kernel(padded, N // K, interpret)
+    segments = _pad_tokens(segment_ids, 128)
+    kernel = _splash_kernel(segments.shape[1], N // K, interpret)
 
     def heads_first(x):  # [B, T, N, H] -> [B, N, T, H]; zeros in H change no score
-        x = jnp.pad(x, [(0, 0), (0, padded - T), (0, 0), (0, -H % 128)])
+        x = jnp.pad(_pad_tokens(x, 128), [(0, 0), (0, 0), (0, 0), (0, -H % 128)])
         return x.transpose(0, 2, 1, 3)
 
-    query = heads_first(q / math.sqrt(H)).reshape(B, K, N // K, padded, -1)
-    segments = jnp.pad(segment_ids, [(0, 0), (0, padded - T)])
-    one_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over key/value heads
-    out = jax.vmap(lambda q, k, v, ids: one_row(q, k, v, splash.SegmentIds(ids, ids)))(
-        query, heads_first(k), heads_first(v), segments
-    )
-    return out.reshape(B, N, padded, -1)[:, :, :T, :H].transpose(0, 2, 1, 3).astype(q.dtype)
+    def attend_row(q, k, v, ids):
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, splash.SegmentIds(ids, ids))
+
+    query = heads_first(q / math.sqrt(H))
+    query = query.reshape(B, K, N // K, *query.shape[2:])
+    out = jax.vmap(attend_row)(query, heads_first(k), heads_first(v), segments)
+    return out.reshape(B, N, *out.shape[3:])[:, :, :T, :H].transpose(0, 2, 1, 3).astype(q.dtype)
 
 
 def _splash_kernel(T, group, interpret):
-    block = max(size for size in (128, 256, 512) if T % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    b = max(size for size in (128, 256, 512) if T % size == 0)
+    sizes = splash.BlockSizes(b, b, b, b, b, b, block_q_dq=b, block_kv_dq=b)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * group)
     return splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
 
@@ -253,9 +294,9 @@ def attend_depth(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N L"]]:
     """Attention of one token over its own depths (Algorithm 1): the cached ones before `depth`, and (k, v) of `depth`.
 
-    Rows >= depth of the cache are ignored whatever they hold. Also returns the float32 probabilities by depth: column
-    `depth` is the token's own entry, the columns after it are zero. The cache is only read, never copied, so a loop
-    over depths that keeps it differentiates in memory linear in L.
+    Rows >= depth of the cache are ignored, whatever finite values they hold. Also returns the float32 probabilities by
+    depth: column `depth` is the token's own entry, the columns after it are zero. The cache is only read, never updated
+    or cast here, so a loop over depths that keeps it differentiates in memory linear in L.
     """
     B, T, N, H = q.shape
     out, probabilities = _attend_depth(q.reshape(B, T, k.shape[2], -1, H), k, v, cached_k, cached_v, depth)
@@ -263,7 +304,7 @@ def attend_depth(
     return out.reshape(B, T, N, H), jnp.moveaxis(probabilities, 0, -1).reshape(B, T, N, L)
 
 
-# Queries of one token are grouped by key/value head: q, out [B, T, K, G, H]; scores and probabilities p [L, B, T, K, G].
+# Queries of one token are grouped by key/value head: q, out [B, T, K, G, H]; scores, probabilities p [L, B, T, K, G].
 
 
 def _by_depth(past, own, depth):

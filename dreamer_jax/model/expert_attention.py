@@ -1,5 +1,8 @@
 """EA: a sparse mixture of SwiGLU experts, read as attention over experts (3.5, Eq. 2)."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -26,8 +29,9 @@ class ExpertAttention(nnx.Module):
 
     def pad(self, backend: Backend) -> None:
         """Widen the experts with zeros, in place, to what the backend's kernels want; once per step."""
-        w_gate_up, w_down = pad_experts_for(backend, self.w_gate_up[...], self.w_down[...])
-        self.w_gate_up[...], self.w_down[...] = w_gate_up, w_down
+        pad = functools.partial(pad_experts_for, backend)
+        pad = jax.vmap(pad) if self.w_down[...].ndim == 4 else pad  # LA: stacked layers
+        self.w_gate_up[...], self.w_down[...] = pad(self.w_gate_up[...], self.w_down[...])
 
     def __call__(
         self,

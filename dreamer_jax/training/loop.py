@@ -63,7 +63,8 @@ def train(config: Config) -> Summary:
             checkpoints.save(config, state, step)
             checkpoints.wait()
             stopped_by = asked.signal_name if step < config.train.steps else None
-            validation = None if stopped_by else run.validate(state, step)
+            # A run that had ended before has its record of this step already.
+            validation = None if stopped_by else run.validate(state, step, record=step > start)
     model = nnx.merge(graph, state.params, state.biases)
     entropy = unigram_entropy(prepared)
     return Summary(config, step, stopped_by, run.last_loss, validation, entropy, model, prepared)
@@ -118,7 +119,11 @@ class _Run:
             if pending:
                 self.read(*pending)
             pending = (step, result, biases)
-            if step % self.config.checkpoint.every == 0 and step < self.config.train.steps:
+            if self._saves(step) or self._validates(step):
+                # A checkpoint comes after its own step's record, so that a resumed run's records have no gap.
+                self.read(*pending)
+                pending = None
+            if self._saves(step):
                 self.checkpoints.save(self.config, state, step)
             if self._validates(step):
                 self.validate(state, step)
@@ -144,7 +149,7 @@ class _Run:
         if self._reports(step):
             self.sinks.write(step, self.reporter.record(result, biases))
 
-    def validate(self, state: TrainState, step: int) -> float | None:
+    def validate(self, state: TrainState, step: int, *, record: bool = True) -> float | None:
         """Mean held-out loss; None where there are no held-out rows."""
         total, count = 0.0, 0.0
         started = time.monotonic()
@@ -154,7 +159,8 @@ class _Run:
         self.reporter.pause(time.monotonic() - started)
         if count == 0:
             return None
-        self.sinks.write(step, metrics.validation_record(total / count))
+        if record:
+            self.sinks.write(step, metrics.validation_record(total / count))
         return total / count
 
     def batches(self, split: Any, start: int) -> Iterator[dict[str, jax.Array]]:
@@ -175,6 +181,9 @@ class _Run:
 
     def _reports(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
+
+    def _saves(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0 and step < self.config.train.steps
 
     def _validates(self, step: int) -> bool:
         every = self.config.train.validate_every

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 from numpy.typing import ArrayLike
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from dreamer_jax.config import Config, ConfigError
@@ -275,8 +276,9 @@ def tensorboard_sink(folder: Path, step: int) -> Iterator[Write]:
     with SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30) as writer:
 
         def write(step: int, record: Record) -> None:
-            for name, value in scalars(record).items():
-                writer.add_scalar(name, value, step)
+            # One event for the record: an event for each of its hundreds of scalars takes 10 times as long.
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
+            writer.file_writer.add_summary(Summary(value=values), step)
 
         yield write
 

@@ -109,6 +109,11 @@ def test_every_weight_of_a_dense_classic_model_is_active() -> None:
     assert active == stored
 
 
+def test_of_the_experts_only_the_selected_are_active() -> None:
+    config = dataclasses.replace(random_model(3), depth=4, experts=9, active_experts=2)
+    assert active_parameters(config).ea_experts == 4 * 2 * 3 * config.width * config.expert_width
+
+
 def test_active_weights_of_recurrence_count_once_for_each_depth() -> None:
     model = dataclasses.replace(random_model(3), attention_experts=5)
     one, four = (active_parameters(dataclasses.replace(model, depth=depth)) for depth in (1, 4))

@@ -12,7 +12,6 @@ from dreamer_jax.data.sources import DataError, Document, documents, prompt_dige
 from tests.data.conftest import sums
 
 GOOD = b'{"question": "1 + 1?", "answer": "2"}\n'
-MATHS = ("gsm_symbolic", "chain_sum", "lcm")
 
 
 def read(config: Config) -> tuple[list[tuple[str, Document]], Counter[str]]:
@@ -90,12 +89,13 @@ def test_without_validation_files_the_text_decides_what_is_held_out(one_source: 
 
 
 def test_generated_splits_share_no_prompt_and_repeat_none():
-    source = Source("maths", tasks=MATHS, documents_per_task=60)
+    source = Source("maths", tasks=("lcm", "prime_factorization"), documents_per_task=500)
     skipped: Counter[str] = Counter()
     found = list(documents(source, DataConfig(), skipped))
     digests = [prompt_digest(document.prompt) for _, document in found]
     assert len(set(digests)) == len(digests)
-    assert len(found) + skipped["generated twice"] == 3 * (60 + 6)
+    assert skipped["generated twice"] > 0
+    assert len(found) + skipped["generated twice"] == 2 * (500 + 50)
     assert {split for split, _ in found} == {"train", "validation"}
     assert found == list(documents(source, DataConfig(), Counter()))
 

@@ -1,0 +1,445 @@
+"""Matrix products over rows sorted by expert, for hundreds of small experts.
+
+A mixture of experts sends every token to A of E experts. The way through this file is the way of a token:
+
+    p = plan(ids, experts)                                      # sort the tokens' choices by expert
+    rows = dispatch(x, p, active)                               # [tokens, D] -> [R, D], R = tokens * A
+    rows = grouped_swiglu(rows, w_gate_up, w_down, p.sizes, backend=...)
+    x = collect(rows, p, scores)                                # [R, D] -> [tokens, D], weighted by the scores
+
+No capacity limit drops a token, and nothing here scatters floats: every gather has a gather as its gradient, so results
+are the same from run to run. Backends differ in how they multiply, not in what they compute:
+
+    blocks     a loop over blocks of rows that belong to one expert; plain JAX, made for CPUs
+    tokamax    tokamax's ragged products: Mosaic or Triton kernels on NVIDIA GPUs, Mosaic on TPUs (optional dependency)
+    megablox   JAX's own Pallas kernels for TPUs, interpreted (slowly) where there is no TPU
+    dense      every expert on every row in float32: the reference for tests
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+Backend = Literal["blocks", "tokamax", "megablox", "dense"]
+
+
+class Plan(NamedTuple):
+    """The order in which the tokens' choices are processed: sorted by expert, ties in token order.
+
+    Attributes:
+        order: sorted row r holds flat choice `order[r]`, which is choice `order[r] % A` of token `order[r] // A`.
+        inverse: flat choice c is found in sorted row `inverse[c]`.
+        sizes: rows of each expert; they sum to R.
+    """
+
+    order: Int[Array, "R"]
+    inverse: Int[Array, "R"]
+    sizes: Int[Array, "E"]
+
+
+def plan(ids: Int[Array, "tokens A"], experts: int) -> Plan:
+    """Sort the tokens' choices of experts, stably.
+
+    Args:
+        ids: expert of each choice, in [0, experts).
+        experts: E.
+    """
+    flat = ids.reshape(-1).astype(jnp.int32)
+    choices = jnp.zeros_like(flat) + jnp.arange(flat.size, dtype=jnp.int32)
+    ranked, order = lax.sort((flat, choices), num_keys=1, is_stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(choices, unique_indices=True, mode="promise_in_bounds")
+    ends = jnp.searchsorted(ranked, jnp.arange(experts, dtype=jnp.int32), side="right").astype(jnp.int32)
+    return Plan(order, inverse, jnp.diff(ends, prepend=jnp.zeros_like(ends[:1])))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dispatch(x: Float[Array, "tokens D"], p: Plan, active: int) -> Float[Array, "R D"]:
+    """Copy each token to the rows of the experts it chose. `active` is A; gradients are summed over A in float32."""
+    return _take(x, p.order // active)
+
+
+def _dispatch_forward(x, p, active):
+    return dispatch(x, p, active), p
+
+
+def _dispatch_backward(active, p, d_rows):
+    d_choices = _take(d_rows, p.inverse).reshape(-1, active, d_rows.shape[-1])
+    return d_choices.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype), None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def collect(y: Float[Array, "R D"], p: Plan, scores: Float[Array, "tokens A"]) -> Float[Array, "tokens D"]:
+    """Bring the rows back to their tokens: the sum of each token's A rows, weighted by its scores.
+
+    Args:
+        y: rows in sorted order.
+        p: the plan that sorted them.
+        scores: float32 weights of the choices.
+
+    Returns:
+        The combination, accumulated in float32 and rounded once to the dtype of `y`.
+    """
+    weighted = _take(y, p.inverse).reshape(*scores.shape, -1).astype(jnp.float32) * scores[:, :, None]
+    return weighted.sum(axis=1).astype(y.dtype)
+
+
+def _collect_forward(y, p, scores):
+    return collect(y, p, scores), (y, p, scores)
+
+
+def _collect_backward(residuals, d_out):
+    y, p, scores = residuals
+    active = scores.shape[1]
+    row_scores = _take(scores.reshape(-1), p.order)[:, None]
+    d_y = (_take(d_out, p.order // active).astype(jnp.float32) * row_scores).astype(y.dtype)
+    choices = _take(y, p.inverse).reshape(*scores.shape, -1).astype(jnp.float32)
+    return d_y, None, (choices * d_out.astype(jnp.float32)[:, None, :]).sum(axis=-1)
+
+
+collect.defvjp(_collect_forward, _collect_backward)
+
+
+@jax.custom_vjp
+def unsort(y: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
+    """Bring the rows back to token order, for A = 1."""
+    return _take(y, p.inverse)
+
+
+unsort.defvjp(lambda y, p: (unsort(y, p), p), lambda p, d_out: (_take(d_out, p.order), None))
+
+
+def _take(a, rows):
+    return a.at[rows].get(mode="promise_in_bounds")
+
+
+def default_backend(platform: str) -> Backend:
+    """The fastest backend of a JAX platform ("cpu", "gpu", "cuda" or "tpu").
+
+    Raises:
+        ValueError: the platform has none.
+    """
+    match platform:
+        case "cpu":
+            return "blocks"
+        case "gpu" | "cuda":
+            return "tokamax"
+        case "tpu":
+            return "megablox"
+    raise ValueError(f"no grouped matmul for platform {platform!r}; known: cpu, gpu, cuda, tpu")
+
+
+def pad_experts_for(
+    backend: Backend, w_gate_up: Float[Array, "E D G"], w_down: Float[Array, "E F D"]
+) -> tuple[Float[Array, "E D H"], Float[Array, "E I D"]]:
+    """Widen the experts with zeros to the tile of the kernels: F becomes a multiple of 128. Exact for SwiGLU.
+
+    Call it once per step and outside the depth loop: it copies the weights. `blocks` and `dense` need none.
+
+    Args:
+        backend: which kernels will run.
+        w_gate_up: [E, D, 2F], the gate's F columns and then the F columns of up; each half is padded by itself.
+        w_down: [E, F, D].
+    """
+    extra = -w_down.shape[1] % 128
+    if backend not in ("tokamax", "megablox") or not extra:
+        return w_gate_up, w_down
+    halves = [jnp.pad(half, ((0, 0), (0, 0), (0, extra))) for half in jnp.split(w_gate_up, 2, axis=2)]
+    return jnp.concatenate(halves, axis=2), jnp.pad(w_down, ((0, 0), (0, extra), (0, 0)))
+
+
+def grouped_matmul(
+    x: Float[Array, "R I"], w: Float[Array, "E I O"], sizes: Int[Array, "E"], *, backend: Backend
+) -> Float[Array, "R O"]:
+    """Multiply every row with the matrix of its expert.
+
+    Args:
+        x: rows sorted by expert.
+        w: one matrix per expert.
+        sizes: rows of each expert. They must sum to R: what the kernels leave in other rows is undefined.
+        backend: see the top of this file.
+
+    Returns:
+        The products in the dtype of `x`, accumulated in float32, as are the gradients.
+
+    Raises:
+        ImportError: backend "tokamax" without tokamax.
+    """
+    x, w, sizes = _vary_together(x, w, sizes)
+    if backend == "dense":
+        return _dense_matmul(x, w, sizes)
+    if backend == "blocks":
+        return _blocks(_matmul, _heights(x.shape[0], w.shape[0]), x, (w,), sizes)
+    return _kernel(x, w, sizes, backend)
+
+
+def grouped_swiglu(
+    x: Float[Array, "R D"],
+    w_gate_up: Float[Array, "E D G"],
+    w_down: Float[Array, "E F D"],
+    sizes: Int[Array, "E"],
+    *,
+    backend: Backend,
+) -> Float[Array, "R D"]:
+    """Send every row through the SwiGLU of its expert: (silu(x W_gate) * (x W_up)) W_down.
+
+    Args:
+        x: rows sorted by expert.
+        w_gate_up: [E, D, 2F], the gate's F columns and then the F columns of up.
+        w_down: [E, F, D].
+        sizes: rows of each expert; they must sum to R.
+        backend: see the top of this file.
+
+    Raises:
+        ImportError: backend "tokamax" without tokamax.
+    """
+    if backend == "blocks":
+        x, w_gate_up, w_down, sizes = _vary_together(x, w_gate_up, w_down, sizes)
+        return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), x, (w_gate_up, w_down), sizes)
+    hidden = _gate(grouped_matmul(x, w_gate_up, sizes, backend=backend).astype(jnp.float32)).astype(x.dtype)
+    return grouped_matmul(hidden, w_down, sizes, backend=backend)
+
+
+def _matmul(x, w):
+    return x @ w
+
+
+def _swiglu(x, w_gate_up, w_down):
+    return _gate(x @ w_gate_up) @ w_down
+
+
+def _gate(gate_up):
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _vary_together(*arrays):
+    """Inside shard_map, let all arrays vary over the union of their mesh axes. XLA drops the added zero."""
+    zeros = [jnp.zeros_like(a, shape=(), dtype=jnp.float32) for a in arrays]
+    return [a + sum(zeros[1:], zeros[0]).astype(a.dtype) for a in arrays]
+
+
+# dense: the reference
+
+
+def _dense_matmul(x, w, sizes):
+    """Every expert on every row, in float32; O(E) times the work."""
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    chosen = jax.nn.one_hot(expert, w.shape[0], dtype=jnp.float32)
+    products = jnp.einsum("ri,eio->reo", x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
+    return (products * chosen[:, :, None]).sum(axis=1).astype(x.dtype)
+
+
+# blocks: a loop over the blocks of rows that exist
+#
+# XLA's CPU dots are fast on tens of rows and slow in bfloat16 or batched over gathered weights. So the loop cuts the
+# rows of each expert into blocks, takes the expert's weights once per block, in float32, and computes all that they
+# need. A block with few live rows is computed at the least of a few heights (lax.switch) that holds them.
+
+
+class _Block(NamedTuple):
+    """One block of rows of one expert (scalars, or [blocks] arrays of them)."""
+
+    expert: Array
+    first: Array  # row of the sorted buffer
+    live: Array  # rows that belong to the expert
+    opens: Array  # whether it is the expert's first block
+
+
+def _heights(rows: int, experts: int) -> tuple[int, ...]:
+    """The heights at which blocks are computed; the last is the block size, about twice the mean group."""
+    tallest = min(rows, 256, max(8, 1 << (2 * rows // experts - 1).bit_length()))
+    step = max(32, tallest // 4)
+    return (*range(step, tallest, step), tallest)
+
+
+def _cut(sizes, rows: int, height: int) -> tuple[_Block, Array]:
+    """All blocks in row order, padded to a static number, and how many there are."""
+    blocks = (sizes + height - 1) // height
+    ends = jnp.cumsum(blocks)
+    at = jnp.arange(min(rows, rows // height + sizes.shape[0]), dtype=sizes.dtype)
+    expert = jnp.minimum(jnp.searchsorted(ends, at, side="right"), sizes.shape[0] - 1).astype(sizes.dtype)
+    offset = (at - (ends - blocks)[expert]) * height
+    first = (jnp.cumsum(sizes) - sizes)[expert] + offset
+    return _Block(expert, first, jnp.minimum(sizes[expert] - offset, height), offset == 0), ends[-1]
+
+
+def _at_height(heights: tuple[int, ...], block: _Block, offset, f: Callable, *tall):
+    """Apply `f` to the live rows of the arrays `tall`; its first result comes back at full height, zero elsewhere."""
+
+    def branch(height: int, *tall):
+        start = jnp.minimum(offset, heights[-1] - height)
+        short, *others = f(*[lax.dynamic_slice_in_dim(a, start, height) for a in tall])
+        full = jnp.zeros_like(short, shape=(heights[-1], short.shape[1]))
+        return lax.dynamic_update_slice_in_dim(full, short, start, 0), *others
+
+    too_low = sum(((block.live > height).astype(jnp.int32) for height in heights[:-1]), jnp.zeros_like(block.live))
+    return lax.switch(too_low, [partial(branch, height) for height in heights], *tall)
+
+
+def _window(block: _Block, rows: int, height: int):
+    """Where a full block is cut from the buffer, and which of its rows are the block's (the last blocks overlap)."""
+    start = jnp.minimum(block.first, rows - height)
+    row = start + jnp.arange(height, dtype=start.dtype)
+    return start, ((row >= block.first) & (row < block.first + block.live))[:, None]
+
+
+def _read(a, start, mine):
+    return jnp.where(mine, lax.dynamic_slice_in_dim(a, start, mine.shape[0]), 0).astype(jnp.float32)
+
+
+def _write(a, values, start, mine):
+    old = lax.dynamic_slice_in_dim(a, start, mine.shape[0])
+    return lax.dynamic_update_slice_in_dim(a, jnp.where(mine, values.astype(a.dtype), old), start, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocks(f: Callable, heights: tuple[int, ...], x, weights: tuple, sizes):
+    """Rows through f(rows, *weights of their expert), which must work row by row and map zeros to zeros."""
+    rows, height = x.shape[0], heights[-1]
+    blocks, count = _cut(sizes, rows, height)
+
+    def body(i, y):
+        block = jax.tree.map(lambda a: a[i], blocks)
+        start, mine = _window(block, rows, height)
+        w = [a[block.expert].astype(jnp.float32) for a in weights]
+        (out,) = _at_height(heights, block, block.first - start, lambda a: (f(a, *w),), _read(x, start, mine))
+        return _write(y, out, start, mine)
+
+    return lax.fori_loop(0, count, body, jnp.zeros_like(x, shape=(rows, weights[-1].shape[2])))
+
+
+def _blocks_forward(f, heights, x, weights, sizes):
+    return _blocks(f, heights, x, weights, sizes), (x, weights, sizes)
+
+
+def _blocks_backward(f, heights, residuals, d_y):
+    x, weights, sizes = residuals
+    rows, height = x.shape[0], heights[-1]
+    blocks, count = _cut(sizes, rows, height)
+
+    def body(i, carry):
+        d_x, d_weights, sums = carry
+        block = jax.tree.map(lambda a: a[i], blocks)
+        start, mine = _window(block, rows, height)
+        w = [a[block.expert].astype(jnp.float32) for a in weights]
+        d_block, *d_w = _at_height(
+            heights,
+            block,
+            block.first - start,
+            lambda a, d: jax.vjp(f, a, *w)[1](d),
+            _read(x, start, mine),
+            _read(d_y, start, mine),
+        )
+        # float32 sums over the blocks of one expert; rewriting the rounded sum costs less than reading it back
+        sums = [jnp.where(block.opens, 0, old) + new for old, new in zip(sums, d_w, strict=True)]
+        d_weights = [d.at[block.expert].set(s.astype(d.dtype)) for d, s in zip(d_weights, sums, strict=True)]
+        return _write(d_x, d_block, start, mine), d_weights, sums
+
+    sums = [jnp.zeros_like(a[0], dtype=jnp.float32) for a in weights]
+    init = jnp.zeros_like(x), [jnp.zeros_like(a) for a in weights], sums
+    d_x, d_weights, _ = lax.fori_loop(0, count, body, init)
+    return d_x, tuple(d_weights), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+# tokamax and megablox: kernels
+#
+# A kernel library offers the three products of a linear map and its gradient:
+#   forward  [R, I] x [E, I, O] -> [R, O]     d_x  [R, O] x [E, I, O] -> [R, I]     d_w  [R, I] x [R, O] -> [E, I, O]
+
+
+Product = Literal["forward", "d_x", "d_w"]
+TOKAMAX_IMPLEMENTATIONS = ("mosaic", "triton")  # never its "xla", whose cost grows with the number of experts
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _kernel(x, w, sizes, backend: Backend):
+    return _unchecked(_product(backend, "forward"), x, w, sizes)
+
+
+def _kernel_forward(x, w, sizes, backend):
+    return _kernel(x, w, sizes, backend), (x, w, sizes)
+
+
+def _kernel_backward(backend, residuals, d_y):
+    x, w, sizes = residuals
+    d_x = _unchecked(_product(backend, "d_x"), d_y, w, sizes)
+    return d_x, _unchecked(_product(backend, "d_w"), x, d_y, sizes), None
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _product(backend: Backend, product: Product) -> Callable[..., Array]:
+    return partial({"tokamax": _tokamax, "megablox": _megablox}[backend], product)
+
+
+def _unchecked(f: Callable[..., Array], *args):
+    """Call kernels, which neither say over which mesh axes their results vary nor keep to strict promotion of dtypes."""
+
+    def standard(*args):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return f(*args)
+
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return standard(*args)
+    spec = PartitionSpec()
+    inner = jax.shard_map(standard, in_specs=(spec,) * len(args), out_specs=spec, axis_names=set(), check_vma=False)
+    return _vary_together(inner(*args), *args)[0]
+
+
+def _tokamax(product: Product, a, b, sizes):
+    try:
+        import tokamax
+    except ImportError as error:
+        message = "backend 'tokamax' needs the package tokamax: pip install 'dreamer-jax[gpu]' (or [tpu])"
+        raise ImportError(message) from error
+    contract: dict[Product, tuple[list[int], list[int]]] = {"forward": ([1], [1]), "d_x": ([1], [2]), "d_w": ([0], [0])}
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(contract[product], ([], [])),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[] if product == "d_w" else [0],
+    )
+    return tokamax.ragged_dot_general(
+        a,
+        b,
+        group_sizes=sizes,
+        ragged_dot_dimension_numbers=dimensions,
+        preferred_element_type=a.dtype,
+        implementation=TOKAMAX_IMPLEMENTATIONS,
+    )
+
+
+def _megablox(product: Product, a, b, sizes):
+    """Compiled for TPUs and interpreted elsewhere, decided at lowering: programs for absent TPUs compile, too."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+    rows, tile = a.shape[0], 128
+    a = jnp.pad(a, ((0, -rows % tile), (0, 0)))
+    if product == "d_w":
+        a, b = a.T, jnp.pad(b, ((0, -rows % tile), (0, 0)))
+
+    def run(a, b, sizes, interpret: bool):
+        tiling = tile, _tile(a.shape[0 if product == "d_w" else 1]), _tile(b.shape[1 if product != "forward" else 2])
+        if product == "d_w":
+            return tgmm(a, b, sizes, a.dtype, tiling, interpret=interpret)
+        return gmm(a, b, sizes, a.dtype, tiling, transpose_rhs=product == "d_x", interpret=interpret)[:rows]
+
+    branches = {"tpu": partial(run, interpret=False), "default": partial(run, interpret=True)}
+    return lax.platform_dependent(a, b, sizes, **branches)
+
+
+def _tile(width: int) -> int:
+    """The widest of the kernel's tiles that a width fills: wide tiles read the weights of a small expert at once."""
+    return next((tile for tile in (512, 256) if width % tile == 0), 128)

@@ -1,0 +1,282 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dreamer_jax.model import grouped_matmul as grouped
+from dreamer_jax.model.grouped_matmul import collect, dispatch, grouped_matmul, grouped_swiglu, plan, unsort
+
+D, F = 16, 8
+SIZES = {
+    "some experts are empty": [0, 13, 0, 0, 90, 1, 30, 0],
+    "one expert takes all rows": [0, 0, 300, 0],
+    "rows end within a block": [70, 61],
+    "fewer rows than a block": [2, 0, 1],
+    "one row": [0, 1],
+    "one expert": [37],
+    "many small experts": [n % 4 for n in range(64)],
+}
+
+
+def experts(sizes, dtype=jnp.float32, d=D, f=F):
+    """Random rows, weights and an upstream gradient, at the scale of a trained layer."""
+    rng = np.random.default_rng(len(sizes))
+    shapes = [(sum(sizes), d), (len(sizes), d, 2 * f), (len(sizes), f, d), (sum(sizes), d)]
+    scales = [1, d**-0.5, f**-0.5, 1]
+    arrays = [jnp.asarray(rng.normal(size=s) * c, dtype) for s, c in zip(shapes, scales, strict=True)]
+    return *arrays, jnp.asarray(sizes, jnp.int32)
+
+
+def by_hand(x, w_gate_up, w_down, d_y, sizes):
+    """SwiGLU of each expert on its own slice of rows in NumPy float64, and its gradients, written out."""
+    x, w_gate_up, w_down, d_y = (np.asarray(a, np.float64) for a in (x, w_gate_up, w_down, d_y))
+    f, at = w_down.shape[1], 0
+    y, d_x, d_gate_up, d_down = np.zeros_like(x), np.zeros_like(x), np.zeros_like(w_gate_up), np.zeros_like(w_down)
+    for e, n in enumerate(np.asarray(sizes)):
+        rows, at = slice(at, at + n), at + n
+        gate, up = x[rows] @ w_gate_up[e, :, :f], x[rows] @ w_gate_up[e, :, f:]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        hidden = gate * sigmoid * up
+        y[rows] = hidden @ w_down[e]
+        d_hidden = d_y[rows] @ w_down[e].T
+        d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_both = np.concatenate([d_gate, d_hidden * gate * sigmoid], axis=1)
+        d_x[rows], d_gate_up[e], d_down[e] = d_both @ w_gate_up[e].T, x[rows].T @ d_both, hidden.T @ d_y[rows]
+    return y, d_x, d_gate_up, d_down
+
+
+def swiglu_and_gradients(x, w_gate_up, w_down, d_y, sizes, backend):
+    y, vjp = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, backend=backend), x, w_gate_up, w_down)
+    return y, *vjp(d_y)
+
+
+def assert_near(got, want, tolerance):
+    for g, w in zip(got, want, strict=True):
+        w = np.asarray(w, np.float64)
+        np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=0, atol=tolerance * max(np.abs(w).max(), 1e-30))
+
+
+@pytest.mark.parametrize("backend", ["blocks", "dense"])
+@pytest.mark.parametrize("case", SIZES)
+def test_every_row_passes_through_its_expert_alone_in_values_and_gradients(backend, case):
+    arrays = experts(SIZES[case])
+    got = jax.jit(partial(swiglu_and_gradients, backend=backend))(*arrays)
+    assert_near(got, by_hand(*arrays), 3e-6)
+
+
+@pytest.mark.parametrize("case", ["some experts are empty", "fewer rows than a block"])
+def test_megablox_kernels_equal_the_products_by_hand(case):
+    arrays = experts(SIZES[case], d=128, f=128)
+    assert_near(jax.jit(partial(swiglu_and_gradients, backend="megablox"))(*arrays), by_hand(*arrays), 3e-6)
+
+
+def test_tokamax_products_equal_the_products_by_hand(monkeypatch):
+    pytest.importorskip("tokamax")
+    monkeypatch.setattr(grouped, "TOKAMAX_IMPLEMENTATIONS", ("xla",))
+    arrays = experts(SIZES["some experts are empty"])
+    assert_near(jax.jit(partial(swiglu_and_gradients, backend="tokamax"))(*arrays), by_hand(*arrays), 3e-6)
+
+
+@pytest.mark.parametrize("backend", ["blocks", "megablox"])
+def test_one_product_equals_the_dense_form_in_values_and_gradients(backend):
+    x, w, _, _, sizes = experts(SIZES["some experts are empty"], d=128, f=64)
+    d_y = jnp.cos(jnp.arange(x.shape[0] * 128.0)).reshape(-1, 128)
+
+    def run(backend):
+        y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
+        return y, *vjp(d_y)
+
+    assert_near(run(backend), run("dense"), 3e-6)
+
+
+def test_one_product_with_narrower_output_keeps_the_width_of_the_weights():
+    x, w_gate_up, w_down, _, sizes = experts(SIZES["rows end within a block"])
+    narrow = grouped_matmul(x, w_gate_up[:, :, :3], sizes, backend="blocks")
+    assert_near([narrow], [grouped_matmul(x, w_gate_up, sizes, backend="dense")[:, :3]], 3e-6)
+    assert grouped_matmul(x[:, :F], w_down, sizes, backend="blocks").shape == x.shape
+
+
+def test_bfloat16_rounds_once_and_sums_weight_gradients_over_blocks_in_float32():
+    arrays = experts([3000, 5], jnp.bfloat16)
+    got = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
+    assert all(a.dtype == jnp.bfloat16 for a in got)
+    # half a unit in the last place of bfloat16 is 2^-9 of the value: one rounding, not one per block
+    for g, w in zip(got, by_hand(*arrays), strict=True):
+        np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=2.1**-8.5, atol=1e-5 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("backend", ["blocks", "megablox", "dense"])
+def test_empty_experts_get_a_gradient_of_exactly_zero(backend):
+    arrays = experts([0, 9, 0], d=128, f=128)
+    _, _, d_gate_up, d_down = swiglu_and_gradients(*arrays, backend=backend)
+    for gradient in (d_gate_up, d_down):
+        assert not gradient[jnp.array([0, 2])].any()
+        assert gradient[1].any()
+
+
+def test_a_nan_in_one_experts_rows_stays_with_that_expert():
+    x, *rest = experts([5, 40, 3])
+    y, d_x, d_gate_up, _ = swiglu_and_gradients(x.at[:5].set(jnp.nan), *rest, backend="blocks")
+    for a, bad in ((y, slice(5)), (d_x, slice(5)), (d_gate_up, slice(1))):
+        assert jnp.isnan(a[bad]).all()
+        assert not jnp.isnan(a[bad.stop :]).any()
+
+
+def test_padding_the_experts_changes_neither_values_nor_gradients():
+    *arrays, sizes = experts(SIZES["some experts are empty"])
+
+    def run(backend):
+        def padded(x, *weights):
+            weights = grouped.pad_experts_for(backend, *weights)
+            assert weights[1].shape[1] == (128 if backend == "tokamax" else F)
+            return grouped_swiglu(x, *weights, sizes, backend="blocks")
+
+        y, vjp = jax.vjp(padded, *arrays[:3])
+        return y, *vjp(arrays[3])
+
+    assert_near(run("tokamax"), run("blocks"), 1e-6)
+
+
+def test_padding_leaves_experts_of_a_fitting_width_alone():
+    _, w_gate_up, w_down, _, _ = experts([1, 1], f=256)
+    assert grouped.pad_experts_for("megablox", w_gate_up, w_down)[1] is w_down
+
+
+@pytest.mark.parametrize("shape", [(50, 1), (20, 5), (33, 3)], ids=["A = 1", "A = E", "A < E"])
+def test_the_plan_sorts_by_expert_and_keeps_the_order_of_tokens(shape):
+    ids = jax.vmap(lambda k: jax.random.permutation(k, 5))(jax.random.split(jax.random.key(0), shape[0]))[:, : shape[1]]
+    p = plan(ids, 7)
+    flat = np.asarray(ids).reshape(-1)
+    np.testing.assert_array_equal(p.order, np.argsort(flat, kind="stable"))
+    np.testing.assert_array_equal(p.order[p.inverse], np.arange(flat.size))
+    np.testing.assert_array_equal(p.sizes, np.bincount(flat, minlength=7))
+    assert p.sizes.dtype == jnp.int32
+
+
+def routed(tokens=33, active=3, n_experts=7):
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(np.stack([rng.permutation(n_experts)[:active] for _ in range(tokens)]), jnp.int32)
+    x, g = (jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32) for _ in range(2))
+    y = jnp.asarray(rng.normal(size=(tokens * active, D)), jnp.float32)
+    return ids, plan(ids, n_experts), x, g, y, jnp.asarray(rng.uniform(size=ids.shape), jnp.float32)
+
+
+def test_dispatch_gives_every_row_the_token_that_chose_its_expert():
+    ids, p, x, *_ = routed()
+    rows, at = [], 0
+    for expert in range(7):
+        rows += [x[token] for token in range(33) if expert in ids[token]]
+        at += p.sizes[expert]
+        assert len(rows) == at
+    np.testing.assert_array_equal(dispatch(x, p, 3), np.stack(rows))
+
+
+def test_dispatch_and_collect_are_each_others_transposes():
+    _, p, x, _, y, scores = routed()
+    ones = jnp.ones_like(scores)
+    np.testing.assert_allclose(jnp.vdot(dispatch(x, p, 3), y), jnp.vdot(x, collect(y, p, ones)), rtol=1e-5)
+    np.testing.assert_allclose(jax.vjp(lambda x: dispatch(x, p, 3), x)[1](y)[0], collect(y, p, ones), rtol=1e-6)
+    d_y, _ = jax.vjp(lambda y, s: collect(y, p, s), y, ones)[1](x)
+    np.testing.assert_array_equal(d_y, dispatch(x, p, 3))
+
+
+def test_collect_weighs_each_choice_with_its_score_in_values_and_gradients():
+    _, p, _, g, y, scores = routed()
+
+    def one_hot(y, scores):
+        choices = jax.nn.one_hot(p.order, p.order.size, axis=0) @ y
+        return jnp.einsum("tad,ta->td", choices.reshape(*scores.shape, D), scores)
+
+    out, vjp = jax.vjp(lambda y, s: collect(y, p, s), y, scores)
+    expected, expected_vjp = jax.vjp(one_hot, y, scores)
+    assert_near([out, *vjp(g)], [expected, *expected_vjp(g)], 1e-6)
+
+
+def test_unsort_restores_token_order_and_its_gradient_sorts():
+    _, p, x, g, *_ = routed(active=1)
+    restored, vjp = jax.vjp(lambda y: unsort(y, p), dispatch(x, p, 1))
+    np.testing.assert_array_equal(restored, x)
+    np.testing.assert_array_equal(vjp(g)[0], dispatch(g, p, 1))
+
+
+def test_combining_bfloat16_rows_sums_in_float32_and_returns_bfloat16():
+    _, p, _, _, _, scores = routed(tokens=4, active=5)
+    y = jnp.where(jnp.arange(20)[:, None] < 1, 256.0, 1.0).repeat(D, 1).astype(jnp.bfloat16)[p.order]
+    out, vjp = jax.vjp(lambda y, s: collect(y, p, s), y, jnp.ones_like(scores))
+    assert out.dtype == jnp.bfloat16
+    assert out[0, 0] == 260  # 256 + 1 is 256 in bfloat16
+    assert [a.dtype for a in vjp(out)] == [jnp.bfloat16, jnp.float32]
+    (d_x,) = jax.vjp(lambda x: dispatch(x, p, 5), out)[1](y)
+    assert d_x.dtype == jnp.bfloat16
+    assert d_x[0, 0] == 260
+
+
+def depth_loop(x, w_gate_up, w_down, scores, ids, backend):
+    """Three depths of routed experts over one set of weights, as the model runs them."""
+
+    def layer(x, ids):
+        p = plan(ids, w_down.shape[0])
+        rows = grouped_swiglu(dispatch(x, p, ids.shape[1]), w_gate_up, w_down, p.sizes, backend=backend)
+        return x + collect(rows, p, scores), None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, ids)[0]
+
+
+@pytest.mark.parametrize("backend", ["blocks", "dense", "megablox"])
+def test_a_checkpointed_depth_loop_under_shard_map_equals_the_same_loop_on_one_device(backend):
+    width = 128 if backend == "megablox" else D
+    x, w_gate_up, w_down, _, _ = experts([10] * 4, d=width, f=width)
+    scores = jax.random.uniform(jax.random.key(0), (40, 2))
+    ids = jax.random.randint(jax.random.key(1), (3, 40, 2), 0, 4, jnp.int32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated, split = PartitionSpec(), PartitionSpec("data")
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(split, *[replicated] * 2, split, PartitionSpec(None, "data")),
+        out_specs=split,
+    )
+    def sharded(x, w_gate_up, w_down, scores, ids):
+        w_gate_up, w_down = (jax.lax.pcast(w, "data", to="varying") for w in (w_gate_up, w_down))
+        return depth_loop(x, w_gate_up, w_down, scores, ids, backend)
+
+    def gradients(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a, ids))), argnums=(0, 1, 2, 3)))
+
+    value, grads = gradients(sharded)(x, w_gate_up, w_down, scores)
+    expected, expected_grads = gradients(partial(depth_loop, backend="dense"))(x, w_gate_up, w_down, scores)
+    assert_near([value, *grads], [expected, *expected_grads], 1e-5)
+
+
+def test_weights_and_rows_that_vary_over_different_mesh_axes_meet():
+    x, w, _, _, sizes = experts([6, 10])
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def f(x, w, backend):
+        return jax.lax.psum(jnp.sin(grouped_matmul(x, w, sizes, backend=backend)).sum(), ("data", "expert"))
+
+    def loss(x, w, backend):
+        body = partial(f, backend=backend)
+        specs = (PartitionSpec("data"), PartitionSpec(None, None, "expert"))
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(jnp.concatenate([x, x]), w)
+
+    got = jax.jit(jax.grad(partial(loss, backend="blocks"), argnums=(0, 1)))(x, w)
+    on_one_device = partial(grouped_matmul, sizes=sizes, backend="dense")
+    assert_near(got, jax.grad(lambda x, w: 2 * jnp.sin(on_one_device(x, w)).sum(), argnums=(0, 1))(x, w), 1e-5)
+
+
+def test_platforms_have_a_backend_and_unknown_ones_an_error():
+    assert [grouped.default_backend(p) for p in ("cpu", "gpu", "tpu")] == ["blocks", "tokamax", "megablox"]
+    with pytest.raises(ValueError, match="abacus"):
+        grouped.default_backend("abacus")
+
+
+def test_without_tokamax_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tokamax", None)
+    x, w, _, _, sizes = experts([1, 1])
+    with pytest.raises(ImportError, match=r"dreamer-jax\[gpu\]"):
+        grouped_matmul(x, w, sizes, backend="tokamax")

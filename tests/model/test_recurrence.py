@@ -1,0 +1,116 @@
+"""The depth scan: the unrolled loop's values and gradients, in memory linear in depth."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+
+from dreamer_jax.model.recurrence import depth_scan
+
+B, T, D, H = 2, 8, 16, 4
+
+
+def body(shared, own, constants, x, cache, l):
+    """A small layer that attends over its earlier depths, routes, and uses shared and own weights and constants."""
+    scale = own["scale"][None, None, :]
+    h = jnp.tanh(x @ shared["w_in"]) * scale
+    k, v = h @ shared["w_k"], h @ shared["w_v"]
+    q, earlier = h @ shared["w_q"], (jnp.arange(cache[0].shape[0]) < l)[:, None, None]
+    scores = jnp.where(earlier, jnp.sum(q[None] * cache[0], axis=-1), -jnp.inf)
+    own_score = jnp.sum(q * k, axis=-1)
+    weights = jax.nn.softmax(jnp.concatenate([scores, own_score[None]]), axis=0)
+    attended = jnp.sum(weights[:-1, ..., None] * cache[1], axis=0) + weights[-1, ..., None] * v
+    choice = checkpoint_name(jax.lax.top_k(h + constants["bias"][None, None, :], 2)[1], "routing")
+    gated = jnp.sum(jnp.take_along_axis(h, choice, axis=-1), axis=-1, keepdims=True)
+    y = x + checkpoint_name(attended @ shared["w_out"], "attention") * gated
+    return y, (k, v), {"choice": choice, "square": jnp.sum(y**2)}
+
+
+def unrolled(shared, stacked, constants, x, depth):
+    cache = tuple(jnp.zeros((depth, B, T, H)) for _ in range(2))
+    for l in range(depth):
+        own = jax.tree.map(lambda a: a[l], stacked)
+        x, entry, _ = body(shared, own, constants, x, cache, jnp.asarray(l))
+        cache = tuple(c.at[l].set(e) for c, e in zip(cache, entry, strict=True))
+    return x
+
+
+def scanned(shared, stacked, constants, x, depth, remat):
+    entry = (jnp.zeros_like(x[..., :H]),) * 2
+    return depth_scan(body, shared, stacked, constants, x, entry, depth=depth, remat=remat)[0]
+
+
+def inputs(depth):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shapes = {"w_in": (D, D), "w_q": (D, H), "w_k": (D, H), "w_v": (D, H), "w_out": (H, D)}
+    shared = {name: 0.4 * jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+    stacked = {"scale": 1 + 0.3 * jax.random.normal(next(keys), (depth, D))}
+    return shared, stacked, {"bias": jnp.linspace(-1, 1, D)}, jax.random.normal(next(keys), (B, T, D))
+
+
+def gradients(function, depth):
+    shared, stacked, constants, x = inputs(depth)
+    return jax.jit(jax.grad(lambda s, o, x: jnp.mean(function(s, o, constants, x, depth) ** 3), (0, 1, 2)))(
+        shared, stacked, x
+    )
+
+
+def check_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "selective"])
+@pytest.mark.parametrize("depth", [1, 5])
+def test_gradients_equal_the_unrolled_loops(remat, depth):
+    actual = gradients(functools.partial(scanned, remat=remat), depth)
+    jax.tree.map(check_close, actual, gradients(unrolled, depth))
+
+
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_temporary_memory_is_linear_in_depth(remat):
+    def temporary_bytes(depth):
+        shared, stacked, constants, x = inputs(depth)
+        loss = lambda s: jnp.mean(scanned(s, stacked, constants, x, depth, remat) ** 3)  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(shared).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(128) < 2.1 * temporary_bytes(64)
+
+
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_routing_is_decided_once_under_remat(remat):
+    shared, stacked, constants, x = inputs(4)
+    loss = lambda s: jnp.mean(scanned(s, stacked, constants, x, 4, remat) ** 3)  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(shared).as_text()
+    assert text.count("chlo.top_k") == 1
+    assert text.count("stablehlo.tanh") > 1, "the rest of the layer is recomputed"
+
+
+def test_attention_outputs_are_saved_by_selective_remat_alone():
+    def products(remat):
+        shared, stacked, constants, x = inputs(4)
+        loss = lambda s: jnp.mean(scanned(s, stacked, constants, x, 4, remat) ** 3)  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(shared).as_text().count("dot_general")
+
+    assert products("none") < products("selective") < products("full")
+
+
+def test_devices_share_the_batch_and_give_the_same_gradient():
+    depth = 3
+    shared, stacked, constants, x = inputs(depth)
+    x = jnp.concatenate([x] * 4) * jnp.arange(1.0, 9.0)[:, None, None]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def loss(shared, x):
+        return jnp.sum(scanned(shared, stacked, constants, x, depth, "full") ** 2)
+
+    def local(shared, x):
+        return jax.lax.psum(jax.grad(loss)(jax.lax.pcast(shared, "data", to="varying"), x), "data")
+
+    spec = PartitionSpec("data")
+    parallel = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec())
+    expected = jax.tree.map(lambda *g: sum(g), *(jax.jit(jax.grad(loss))(shared, part) for part in jnp.split(x, 4)))
+    jax.tree.map(check_close, jax.jit(parallel)(shared, x), expected)

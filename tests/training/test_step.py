@@ -1,0 +1,198 @@
+"""One optimizer step means the same on any number of devices, microbatches and under any remat."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dreamer_jax.config import ConfigError, MeshConfig, OptimizerConfig
+from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.model.parameters import Matrix, Norm, RouterKeys
+from dreamer_jax.sharding import check_batch, make_mesh, spec_of
+from dreamer_jax.training.optimizer import adamw, decayed, learning_rate
+from dreamer_jax.training.step import init_state, make_evaluation, make_train_step
+from tests.model.test_dreamer import packed_batch
+from tests.training.toy import toy_config, with_model
+
+STEPS = 3
+
+
+def batch_of(config, seed=0):
+    tokens, positions, segments = packed_batch(config.model.vocab, config.train.batch, config.data.context, seed)
+    mask = np.random.default_rng(seed).random(tokens.shape) < 0.8
+    arrays = {"tokens": tokens, "positions": positions, "segment_ids": segments, "response_mask": mask}
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def run(config, devices=1, *, compute=None, steps=STEPS):
+    """(state, what the steps reported) after a few steps."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    graph, state = init_state(config, mesh)
+    step = make_train_step(config, compute or Compute.of(config), mesh, graph)
+    results = []
+    for i in range(steps):
+        state, result = step(state, batch_of(config, seed=i))
+        results.append(result)
+    return jax.device_get(state), jax.device_get(results)
+
+
+@functools.cache
+def reference(variant, folder):
+    return run(config_of(variant, folder))
+
+
+def config_of(variant, folder, **train):
+    recurrent, depth_attention = {"LA": (False, False), "DR": (True, False), "DR+DA": (True, True)}[variant]
+    return with_model(toy_config(folder, **train), depth_recurrent=recurrent, depth_attention=depth_attention)
+
+
+def check_same_training(actual, expected):
+    """Same losses, counts and biases, and parameters equal to float32 summation order.
+
+    Adam divides by the root of the second moment: a gradient that is zero but for rounding moves by up to the learning
+    rate, so parameters are compared on that scale.
+    """
+    (state, results), (expected_state, expected_results) = actual, expected
+    for result, expected_result in zip(results, expected_results, strict=True):
+        np.testing.assert_allclose(result.loss, expected_result.loss, rtol=2e-6)
+        np.testing.assert_allclose(result.gradient_norm, expected_result.gradient_norm, rtol=2e-5)
+        for kind, figures in expected_result.figures.routers.items():
+            np.testing.assert_array_equal(result.figures.routers[kind].counts, figures.counts)
+    jax.tree.map(np.testing.assert_array_equal, state.biases, expected_state.biases)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+        assert np.mean(np.abs(a - b)) < 1e-5 * np.mean(np.abs(b)) + 1e-7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.mark.parametrize("variant", ["LA", "DR", "DR+DA"])
+def test_eight_devices_train_like_one(variant, folder):
+    check_same_training(run(config_of(variant, folder), devices=8), reference(variant, folder))
+
+
+@pytest.mark.parametrize("variant", ["LA", "DR+DA"])
+def test_four_microbatches_train_like_one(variant, folder):
+    check_same_training(run(config_of(variant, folder, microbatches=4)), reference(variant, folder))
+
+
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_remat_does_not_change_training(remat, folder):
+    check_same_training(run(config_of("DR+DA", folder, remat=remat)), reference("DR+DA", folder))
+
+
+def test_biases_move_by_their_rates_and_sum_what_shares_them(folder):
+    config = config_of("DR+DA", folder)
+    state, results = run(config, steps=1)
+    counts = results[0].figures.routers["ea"].counts.sum(axis=0)
+    bias = state.biases["layer"]["ea"]["router"]["bias"][...]
+    np.testing.assert_allclose(bias, 1e-3 * np.sign(np.median(counts) - counts), rtol=1e-6)
+    assert set(np.abs(state.biases["layer"]["sa"]["projections"]["router"]["bias"][...]).round(6)) <= {0.0, 0.01}
+
+
+def test_padding_is_not_counted(folder):
+    config = config_of("DR+DA", folder)
+    _, results = run(config, steps=1)
+    tokens = int((batch_of(config)["segment_ids"] > 0).sum())
+    assert results[0].figures.tokens == tokens < config.tokens_per_step
+    for kind, active in (("ea", config.model.active_experts), ("sa", 1), ("da", 1)):
+        counts = results[0].figures.routers[kind].counts
+        np.testing.assert_array_equal(counts.sum(axis=-1), [tokens * active] * config.model.depth)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(folder):
+    config = config_of("DR+DA", folder)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    graph, state = init_state(config, mesh)
+    step = make_train_step(config, Compute.of(config), mesh, graph)
+    poisoned = state._replace(params=jax.tree.map(lambda a: a.at[..., :1].set(jnp.nan), state.params))
+    before = jax.device_get(poisoned)
+    after, result = jax.device_get(step(poisoned, batch_of(config)))
+    assert not np.isfinite(result.loss)
+    assert (after.step, after.skipped, after.bad_in_a_row) == (1, 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, before.optimizer)
+    jax.tree.map(np.testing.assert_array_equal, after.biases, before.biases)
+
+
+def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss(folder):
+    state, results = run(config_of("DR+DA", folder, dtype="bfloat16"), steps=1)
+    _, expected = reference("DR+DA", folder)
+    np.testing.assert_allclose(results[0].loss, expected[0].loss, rtol=5e-3)
+    assert {a.dtype for a in jax.tree.leaves((state.params, state.biases))} == {np.dtype("float32")}
+
+
+def test_training_lowers_the_loss_of_a_repeated_batch(folder):
+    config = config_of("DR+DA", folder)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    graph, state = init_state(config, mesh)
+    step = make_train_step(config, Compute.of(config), mesh, graph)
+    losses = []
+    for _ in range(12):
+        state, result = step(state, batch_of(config))
+        losses.append(float(result.loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_evaluation_gives_the_training_loss(folder):
+    config = config_of("DR+DA", folder)
+    mesh = make_mesh(MeshConfig())
+    graph, state = init_state(config, mesh)
+    total, count = make_evaluation(config, Compute.of(config), mesh, graph)(state.params, state.biases, batch_of(config))
+    _, expected = reference("DR+DA", folder)
+    np.testing.assert_allclose(total / count, expected[0].loss, rtol=2e-6)
+
+
+def test_initialisation_depends_on_the_seed_alone(folder):
+    config = config_of("DR+DA", folder)
+    one = init_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1]
+    eight = init_state(config, make_mesh(MeshConfig()))[1]
+    other = init_state(config_of("DR+DA", folder, seed=1), make_mesh(MeshConfig()))[1]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
+    assert not np.array_equal(one.params["embed"][...], other.params["embed"][...])
+
+
+def test_weight_decay_spares_norms_alone(folder):
+    _, state = init_state(config_of("DR+DA", folder), make_mesh(MeshConfig(), jax.devices()[:1]))
+    is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+    decides = {type(v): v[...] for v in jax.tree.leaves(decayed(state.params), is_leaf=is_variable)}
+    assert decides == {Matrix: True, RouterKeys: True, Norm: False}
+
+
+def test_weight_decay_and_clipping_follow_their_formulas():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=1, weight_decay=0.01, gradient_clip=0.5, epsilon=1e-8)
+    params = nnx.State({"w": Matrix(jnp.full((2, 2), 3.0)), "n": Norm(jnp.full(2, 3.0))})
+    gradient = jax.tree.map(lambda a: jnp.full_like(a, 100.0), params)
+    transform = adamw(config)
+    updates, state = transform.update(gradient, transform.init(params), params)
+    np.testing.assert_allclose(updates["w"][...], -0.1 * (1 + 0.01 * 3.0), rtol=1e-5)
+    np.testing.assert_allclose(updates["n"][...], -0.1, rtol=1e-5)
+    clipped = 100.0 * 0.5 / np.sqrt(6 * 100.0**2)
+    np.testing.assert_allclose(jax.tree.leaves(state[1][0].mu)[0], 0.1 * clipped, rtol=1e-5)
+
+
+def test_the_learning_rate_rises_linearly_then_stays():
+    config = OptimizerConfig(learning_rate=0.4, warmup_steps=4)
+    rates = [float(learning_rate(config, jnp.asarray(step))) for step in range(6)]
+    np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_mend():
+    with pytest.raises(ConfigError, match=r"train.batch = 12 .* 8 devices .* multiple of 16"):
+        check_batch(12, 2, make_mesh(MeshConfig()))
+
+
+def test_a_mesh_of_the_wrong_size_is_refused():
+    with pytest.raises(ConfigError, match="mesh.data = 3 does not use the 8 devices"):
+        make_mesh(dataclasses.replace(MeshConfig(), data=3))
+
+
+def test_two_axes_cannot_share_a_mesh_axis():
+    with pytest.raises(ConfigError, match="can split only one"):
+        spec_of(("batch", "batch"))
