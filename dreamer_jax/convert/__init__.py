@@ -2,5 +2,17 @@
 
 from dreamer_jax.convert.model import Inspection, build, inspect, merged_model, named_arrays
 from dreamer_jax.convert.names import WeightError, expected_shapes
+from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, unmerged
 
-__all__ = ["Inspection", "WeightError", "build", "expected_shapes", "inspect", "merged_model", "named_arrays"]
+__all__ = [
+    "Inspection",
+    "WeightError",
+    "build",
+    "expected_shapes",
+    "inspect",
+    "load_safetensors",
+    "merged_model",
+    "named_arrays",
+    "save_safetensors",
+    "unmerged",
+]

@@ -54,9 +54,7 @@ def write_tokens(
     return SequenceCache(*(c.at[l, sequences, positions].set(new[:, 0]) for c, new in zip(cache, (k, v), strict=True)))
 
 
-def rows_at(
-    cache: SequenceCache, l: Int[Array, ""]
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+def rows_at(cache: SequenceCache, l: Int[Array, ""]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Keys and values of depth `l`."""
     k, v = (lax.dynamic_index_in_dim(c, l, 0, keepdims=False) for c in cache)
     return k, v

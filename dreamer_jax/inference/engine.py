@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from dreamer_jax import convert
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.inference import cache as memory
 from dreamer_jax.inference.cache import SequenceCache
-from dreamer_jax.inference.sample import Sampling, choose, sequence_keys
+from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
 from dreamer_jax.model import attend
 from dreamer_jax.model.dreamer import Compute, Dreamer, depth_weights, layer_at, next_input
 from dreamer_jax.model.norm import rms_norm
@@ -24,38 +25,34 @@ OnToken = Callable[[int, int], bool | None]
 """(row of the batch, new token) -> True to end this row here."""
 
 
-class Weights(NamedTuple):
-    """What decoding reads: matrices in the compute dtype, attention experts merged with the shared one (Eq. 8)."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoder:
+    """A model ready to decode: matrices in the compute dtype, attention experts merged with the shared one (Eq. 8)."""
 
-    embed: Float[Array, "V D"]
+    config: ModelConfig = field(metadata={"static": True})
+    compute: Compute = field(metadata={"static": True})
+    embed: Array
     graph: Any
-    shared: dict[str, Any]
-    stacked: dict[str, Any]
-    biases: nnx.State
-    residual_norm: Float[Array, "D"]
-    lm_head: Float[Array, "D V"]
+    shared: Any
+    stacked: Any
+    biases: Any
+    residual_norm: Array
+    lm_head: Array
 
 
-class Prepared(NamedTuple):
-    """A model ready to decode."""
-
-    config: ModelConfig
-    compute: Compute
-    weights: Weights
-
-
-def prepare(model: Dreamer, compute: Compute) -> Prepared:
-    """Merge, cast and pad the weights, once for all tokens."""
+def prepare(model: Dreamer, compute: Compute) -> Decoder:
+    """Merge, cast and pad the weights: once, not for every token."""
     graph, state = nnx.split(model)
 
     @jax.jit
-    def weights(state: nnx.State) -> Weights:
+    def prepared(state: nnx.State) -> Decoder:
         model = convert.merged_model(nnx.merge(graph, state))
         layers = depth_weights(model, compute)
         embed, lm_head = (matrix[...].astype(compute.dtype) for matrix in (model.embed, model.lm_head))
-        return Weights(embed, *layers, model.residual_norm[...], lm_head)
+        return Decoder(model.config, compute, embed, *layers, model.residual_norm[...], lm_head)
 
-    return Prepared(model.config, compute, weights(state))
+    return prepared(state)
 
 
 def generate(
@@ -70,20 +67,17 @@ def generate(
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """The continuations of prompts, as token ids; see `complete`. For more than one batch, `prepare` the model once."""
-    sampling = Sampling(temperature, top_p)
-    prepared = prepare(model, compute)
-    return complete(
-        prepared, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids, on_token=on_token
-    )
+    """The continuations of one batch of prompts, as `complete` gives them; for more batches `prepare` once."""
+    sampling, decoder = Sampling(temperature, top_p), prepare(model, compute)
+    return complete(decoder, prompts, sampling, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids, on_token=on_token)
 
 
 def complete(
-    prepared: Prepared,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
@@ -91,36 +85,36 @@ def complete(
     """Continue prompts of any lengths in one batch.
 
     A row ends before a token of `stop_ids`, after a token for which `on_token` returns True, or at `max_tokens`. What
-    a row says depends on its prompt, its index and the seed, not on the other rows.
+    it says depends on its prompt, its index in the batch and the seed, not on the other rows.
 
     Raises:
-        ValueError: no prompts, an empty one, or max_tokens below 1.
+        GenerationError: no prompt, an empty one, or max_tokens below 1.
     """
-    tokens, lengths = padded(prompts)
     if max_tokens < 1:
-        raise ValueError(f"max-tokens = {max_tokens}: must be at least 1")
-    plan, weights = prepared[:2], prepared.weights
-    rows = memory.rows_for(max(int(lengths.max()) + max_tokens - 1, tokens.shape[1]))
+        raise GenerationError(f"max-tokens = {max_tokens}: must be at least 1")
+    tokens, lengths = padded(prompts)
+    longest = int(lengths.max()) + max_tokens - 1  # the last token is never read
+    rows = memory.rows_for(max(longest, tokens.shape[1]))
     keys, positions = sequence_keys(seed, len(prompts)), jnp.asarray(lengths)
-    cache, latest = _first(*plan, sampling, rows, weights, jnp.asarray(tokens), positions, keys)
-    rows_of_tokens = _Completions(len(prompts), stop_ids, on_token)
+    completions = _Completions(len(prompts), stop_ids, on_token)
+    cache, following = _first(decoder, sampling, rows, jnp.asarray(tokens), positions, keys)
     for i in range(max_tokens):
-        current = latest
+        latest = following
         if i + 1 < max_tokens:  # the device starts on the next token before the host looks at this one
-            cache, latest = _next(*plan, sampling, weights, cache, current, positions, keys)
+            cache, following = _next(decoder, sampling, cache, latest, positions, keys)
             positions = positions + 1
-        if rows_of_tokens.append(jax.device_get(current)):
+        if completions.append(jax.device_get(latest)):
             break
-    return rows_of_tokens.texts
+    return completions.tokens
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Prompts padded at the end to one of a few lengths, and their own lengths."""
     if not prompts:
-        raise ValueError("there is no prompt")
+        raise GenerationError("there is no prompt")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {i} is empty")
+            raise GenerationError(f"prompt {i} is empty")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), memory.rows_for(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -129,71 +123,69 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], In
 
 
 class _Completions:
-    """What each row has said, and whether it has ended."""
+    """What each row has said so far, and which rows go on."""
 
     def __init__(self, rows: int, stop_ids: Collection[int], on_token: OnToken | None):
-        self.texts: list[list[int]] = [[] for _ in range(rows)]
-        self._going, self._stop_ids, self._on_token = set(range(rows)), stop_ids, on_token
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._going, self._stop_ids, self._on_token = list(range(rows)), stop_ids, on_token
 
-    def append(self, tokens: Int[np.ndarray, "B"]) -> bool:
+    def append(self, latest: Int[np.ndarray, "B"]) -> bool:
         """Add a token to the rows that go on; True when none does any more."""
-        for row in sorted(self._going):
-            token = int(tokens[row])
-            if token in self._stop_ids:
-                self._going.remove(row)
-                continue
-            self.texts[row].append(token)
-            if self._on_token is not None and self._on_token(row, token):
-                self._going.remove(row)
+        self._going = [row for row in self._going if not self._ends(row, int(latest[row]))]
         return not self._going
 
+    def _ends(self, row: int, token: int) -> bool:
+        if token in self._stop_ids:
+            return True
+        self.tokens[row].append(token)
+        return self._on_token is not None and bool(self._on_token(row, token))
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+
+@functools.partial(jax.jit, static_argnames=("sampling", "rows"))
 def _first(
-    config: ModelConfig, compute: Compute, sampling: Sampling, rows: int, weights: Weights, tokens: Array, lengths: Array, keys: Key[Array, "B"]
+    decoder: Decoder,
+    sampling: Sampling,
+    rows: int,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    keys: Key[Array, "B"],
 ) -> tuple[SequenceCache, Int[Array, "B"]]:
-    cache = memory.empty_cache(config, tokens.shape[0], rows, compute.dtype)
-    logits, cache = read_prompts(config, compute, weights, tokens, lengths, cache)
+    cache = memory.empty_cache(decoder.config, tokens.shape[0], rows, decoder.compute.dtype)
+    logits, cache = read_prompts(decoder, cache, tokens, lengths)
     return cache, choose(logits, keys, lengths, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
 def _next(
-    config: ModelConfig, compute: Compute, sampling: Sampling, weights: Weights, cache: SequenceCache, tokens: Array, positions: Array, keys: Key[Array, "B"]
+    decoder: Decoder,
+    sampling: Sampling,
+    cache: SequenceCache,
+    tokens: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    keys: Key[Array, "B"],
 ) -> tuple[SequenceCache, Int[Array, "B"]]:
-    logits, cache = read_tokens(config, compute, weights, tokens, positions, cache)
+    logits, cache = read_tokens(decoder, cache, tokens, positions)
     return cache, choose(logits, keys, positions + 1, sampling)
 
 
 def read_prompts(
-    config: ModelConfig,
-    compute: Compute,
-    weights: Weights,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    cache: SequenceCache,
+    decoder: Decoder, cache: SequenceCache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> tuple[Float[Array, "B V"], SequenceCache]:
-    """The logits after each prompt, and the cache with their keys and values in its first T rows."""
+    """The logits after each prompt's last token, and the cache with the prompts in its first T rows."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     counted = positions < lengths[:, None]
     segment_ids = counted.astype(jnp.int32)
 
     def attend_prompts(cache: SequenceCache, l: Array, q: Array, k: Array, v: Array) -> tuple[Array, SequenceCache]:
-        o = attend.attend_sequence(q, k, v, segment_ids, backend=compute.attention)
+        o = attend.attend_sequence(q, k, v, segment_ids, backend=decoder.compute.attention)
         return o, memory.write_prompts(cache, l, k, v)
 
-    x, cache = _through_depths(config, compute, weights, tokens, positions, counted, cache, attend_prompts)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return _logits(weights, last), cache
+    x, cache = _through_depths(decoder, cache, tokens, positions, counted, attend_prompts)
+    return _logits(decoder, jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)), cache
 
 
 def read_tokens(
-    config: ModelConfig,
-    compute: Compute,
-    weights: Weights,
-    tokens: Int[Array, "B"],
-    positions: Int[Array, "B"],
-    cache: SequenceCache,
+    decoder: Decoder, cache: SequenceCache, tokens: Int[Array, "B"], positions: Int[Array, "B"]
 ) -> tuple[Float[Array, "B V"], SequenceCache]:
     """The logits after one more token of each sequence, which stands at its position, and the cache with it."""
     visible = memory.visible_rows(cache, positions)
@@ -202,38 +194,35 @@ def read_tokens(
         cache = memory.write_tokens(cache, l, positions, k, v)
         return attend.attend_cache(q, *memory.rows_at(cache, l), visible), cache
 
-    counted = jnp.ones_like(tokens, jnp.bool_)[:, None]
-    x, cache = _through_depths(
-        config, compute, weights, tokens[:, None], positions[:, None], counted, cache, attend_tokens
-    )
-    return _logits(weights, x), cache
+    counted = jnp.ones((len(tokens), 1), jnp.bool_)
+    x, cache = _through_depths(decoder, cache, tokens[:, None], positions[:, None], counted, attend_tokens)
+    return _logits(decoder, x), cache
 
 
 def _through_depths(
-    config: ModelConfig,
-    compute: Compute,
-    weights: Weights,
+    decoder: Decoder,
+    cache: SequenceCache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     counted: Bool[Array, "B T"],
-    cache: SequenceCache,
     attend_at: Callable[..., tuple[Array, SequenceCache]],
 ) -> tuple[Float[Array, "B T D"], SequenceCache]:
-    """The LM head's input, as in training, with `attend_at(cache, l, q, k, v)` for SA."""
-    x = weights.embed.at[tokens].get(mode="clip")
+    """The LM head's input, with `attend_at(cache, l, q, k, v)` as the attention of SA at depth l."""
+    config, matmul = decoder.config, decoder.compute.matmul
+    x = decoder.embed.at[tokens].get(mode="clip")
 
     def step(carry: Any, inputs: Any) -> Any:
         x, depths, cache = carry
         l, own = inputs
-        layer = layer_at(config, weights.graph, weights.shared, own, weights.biases, l)
-        output = layer(x, l, positions, counted, depths, functools.partial(attend_at, cache, l), compute.matmul)
-        x = next_input(config, weights.shared, output.y)
+        layer = layer_at(config, decoder.graph, decoder.shared, own, decoder.biases, l)
+        output = layer(x, l, positions, counted, depths, functools.partial(attend_at, cache, l), matmul)
+        x = next_input(config, decoder.shared, output.y)
         return (x, memory.write_depth(depths, l, output.entry), output.kept), None
 
     carry = (x, memory.empty_depth_cache(config, x), cache)
-    (x, _, cache), _ = lax.scan(step, carry, (jnp.arange(config.depth), weights.stacked))
-    return x if config.depth_recurrent else rms_norm(x, weights.residual_norm, config.norm_epsilon), cache
+    (x, _, cache), _ = lax.scan(step, carry, (jnp.arange(config.depth), decoder.stacked))
+    return x if config.depth_recurrent else rms_norm(x, decoder.residual_norm, config.norm_epsilon), cache
 
 
-def _logits(weights: Weights, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
-    return jnp.matmul(x[:, 0], weights.lm_head, preferred_element_type=jnp.float32)
+def _logits(decoder: Decoder, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
+    return jnp.matmul(x[:, 0], decoder.lm_head, preferred_element_type=jnp.float32)

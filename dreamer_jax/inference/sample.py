@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 
+class GenerationError(ValueError):
+    """A request that cannot be served; the message says which value and why."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen."""
@@ -17,11 +21,13 @@ class Sampling:
     """Draw from the smallest set of likeliest tokens that together have at least this probability."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value outside its range."""
+        """Raise GenerationError for a value outside its range."""
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature}: must be 0 (the likeliest token) or more, and finite")
+            raise GenerationError(
+                f"temperature = {self.temperature}: must be 0 (the likeliest token) or more, and finite"
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p = {self.top_p}: must lie in (0, 1]")
+            raise GenerationError(f"top-p = {self.top_p}: must lie in (0, 1]")
 
 
 def sequence_keys(seed: int, batch: int) -> Key[Array, "B"]:

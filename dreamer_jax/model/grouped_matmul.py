@@ -258,7 +258,7 @@ def _heights(rows: int, experts: int) -> tuple[int, ...]:
     """The heights at which blocks are computed; the last is the block size, about twice the mean group."""
     tallest = min(rows, 256, max(8, 1 << (2 * rows // experts - 1).bit_length()))
     step = max(32, tallest // 4)
-    return (*range(step, tallest, step), tallest)
+    return (*range(step, tallest - step // 2, step), tallest)
 
 
 def _cut(sizes, rows: int, height: int) -> tuple[_Block, Array]:
@@ -386,7 +386,7 @@ def _product(backend: Backend, product: Product) -> Callable[..., Array]:
 
 
 def _unchecked(f: Callable[..., Array], *args):
-    """Call kernels, which neither say over which mesh axes their results vary nor keep to strict promotion of dtypes."""
+    """Call kernels, which neither declare the mesh axes their results vary over nor keep to strict promotion."""
 
     def standard(*args):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -78,7 +78,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
         grads, loss, loss_tokens, figures = gradients(state.params, state.biases, dict(batch))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updated = _updated(config, state, grads, figures)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
@@ -95,7 +95,8 @@ def make_train_step(
 
 def _updated(config: Config, state: TrainState, grads: nnx.State, figures: Figures) -> TrainState:
     """The state after AdamW and one balancing step."""
-    updates, optimizer = adamw(config.optimizer).update(grads, state.optimizer, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it; our own code runs with "strict" too
+        updates, optimizer = adamw(config.optimizer).update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     biases = rebalanced(state.biases, figures.routers, config.model, config.optimizer)
     return state._replace(params=params, biases=biases, optimizer=optimizer)

@@ -60,6 +60,13 @@ def test_epochs_and_seeds_differ_in_order_and_in_company():
         assert len({frozenset(row) for row in first} & {frozenset(row) for row in changed}) < plan.rows // 10
 
 
+def test_the_order_of_the_rows_changes_with_the_epoch(lengths: np.ndarray):
+    plan = make_plan(lengths, SIZE)
+    shapes = [[tuple(lengths[row_documents(plan, e * plan.rows + r, 1)]) for r in range(plan.rows)] for e in range(2)]
+    assert sorted(shapes[0]) == sorted(shapes[1])
+    assert shapes[0] != shapes[1]
+
+
 def test_rows_are_nearly_full():
     plan = make_plan(np.random.default_rng(0).integers(5, 60, 5000), SIZE)
     assert plan.fill > 0.97

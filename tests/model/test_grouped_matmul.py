@@ -59,18 +59,19 @@ def assert_near(got, want, tolerance):
         np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=0, atol=tolerance * max(np.abs(w).max(), 1e-30))
 
 
-@pytest.mark.parametrize("backend", ["blocks", "dense"])
 @pytest.mark.parametrize("case", SIZES)
-def test_every_row_passes_through_its_expert_alone_in_values_and_gradients(backend, case):
+def test_every_row_passes_through_its_expert_alone_in_values_and_gradients(case):
     arrays = experts(SIZES[case])
+    assert_near(jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays), by_hand(*arrays), 3e-6)
+
+
+@pytest.mark.parametrize(("backend", "width"), [("dense", D), ("megablox", 128)])
+def test_other_backends_equal_the_products_by_hand_and_leave_empty_experts_at_zero(backend, width):
+    arrays = experts(SIZES["some experts are empty"], d=width, f=width)
     got = jax.jit(partial(swiglu_and_gradients, backend=backend))(*arrays)
     assert_near(got, by_hand(*arrays), 3e-6)
-
-
-@pytest.mark.parametrize("case", ["some experts are empty", "fewer rows than a block"])
-def test_megablox_kernels_equal_the_products_by_hand(case):
-    arrays = experts(SIZES[case], d=128, f=128)
-    assert_near(jax.jit(partial(swiglu_and_gradients, backend="megablox"))(*arrays), by_hand(*arrays), 3e-6)
+    assert not got[2][0].any()
+    assert not got[3][-1].any()
 
 
 def test_tokamax_products_equal_the_products_by_hand(monkeypatch):
@@ -80,38 +81,29 @@ def test_tokamax_products_equal_the_products_by_hand(monkeypatch):
     assert_near(jax.jit(partial(swiglu_and_gradients, backend="tokamax"))(*arrays), by_hand(*arrays), 3e-6)
 
 
-@pytest.mark.parametrize("backend", ["blocks", "megablox"])
-def test_one_product_equals_the_dense_form_in_values_and_gradients(backend):
-    x, w, _, _, sizes = experts(SIZES["some experts are empty"], d=128, f=64)
-    d_y = jnp.cos(jnp.arange(x.shape[0] * 128.0)).reshape(-1, 128)
+def test_one_product_equals_the_dense_form_in_values_and_gradients():
+    x, w, _, _, sizes = experts(SIZES["some experts are empty"])
+    d_y = jnp.cos(jnp.arange(x.shape[0] * 2.0 * F)).reshape(-1, 2 * F)
 
+    @partial(jax.jit, static_argnums=0)
     def run(backend):
         y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
         return y, *vjp(d_y)
 
-    assert_near(run(backend), run("dense"), 3e-6)
-
-
-def test_one_product_with_narrower_output_keeps_the_width_of_the_weights():
-    x, w_gate_up, w_down, _, sizes = experts(SIZES["rows end within a block"])
-    narrow = grouped_matmul(x, w_gate_up[:, :, :3], sizes, backend="blocks")
-    assert_near([narrow], [grouped_matmul(x, w_gate_up, sizes, backend="dense")[:, :3]], 3e-6)
-    assert grouped_matmul(x[:, :F], w_down, sizes, backend="blocks").shape == x.shape
+    assert_near(run("blocks"), run("dense"), 3e-6)
 
 
 def test_bfloat16_rounds_once_and_sums_weight_gradients_over_blocks_in_float32():
     arrays = experts([3000, 5], jnp.bfloat16)
     got = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
     assert all(a.dtype == jnp.bfloat16 for a in got)
-    # half a unit in the last place of bfloat16 is 2^-9 of the value: one rounding, not one per block
-    for g, w in zip(got, by_hand(*arrays), strict=True):
-        np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=2.1**-8.5, atol=1e-5 * np.abs(w).max())
+    for g, w in zip(got, by_hand(*arrays), strict=True):  # bfloat16 rounds by at most 2^-8 of the value, here once
+        np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=1.01 * 2**-8, atol=1e-5 * np.abs(w).max())
 
 
-@pytest.mark.parametrize("backend", ["blocks", "megablox", "dense"])
-def test_empty_experts_get_a_gradient_of_exactly_zero(backend):
-    arrays = experts([0, 9, 0], d=128, f=128)
-    _, _, d_gate_up, d_down = swiglu_and_gradients(*arrays, backend=backend)
+def test_empty_experts_get_a_gradient_of_exactly_zero():
+    arrays = experts([0, 9, 0])
+    _, _, d_gate_up, d_down = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
     for gradient in (d_gate_up, d_down):
         assert not gradient[jnp.array([0, 2])].any()
         assert gradient[1].any()
@@ -119,7 +111,8 @@ def test_empty_experts_get_a_gradient_of_exactly_zero(backend):
 
 def test_a_nan_in_one_experts_rows_stays_with_that_expert():
     x, *rest = experts([5, 40, 3])
-    y, d_x, d_gate_up, _ = swiglu_and_gradients(x.at[:5].set(jnp.nan), *rest, backend="blocks")
+    run = jax.jit(partial(swiglu_and_gradients, backend="blocks"))
+    y, d_x, d_gate_up, _ = run(x.at[:5].set(jnp.nan), *rest)
     for a, bad in ((y, slice(5)), (d_x, slice(5)), (d_gate_up, slice(1))):
         assert jnp.isnan(a[bad]).all()
         assert not jnp.isnan(a[bad.stop :]).any()
@@ -128,6 +121,7 @@ def test_a_nan_in_one_experts_rows_stays_with_that_expert():
 def test_padding_the_experts_changes_neither_values_nor_gradients():
     *arrays, sizes = experts(SIZES["some experts are empty"])
 
+    @partial(jax.jit, static_argnums=0)
     def run(backend):
         def padded(x, *weights):
             weights = grouped.pad_experts_for(backend, *weights)
@@ -147,9 +141,10 @@ def test_padding_leaves_experts_of_a_fitting_width_alone():
 
 @pytest.mark.parametrize("shape", [(50, 1), (20, 5), (33, 3)], ids=["A = 1", "A = E", "A < E"])
 def test_the_plan_sorts_by_expert_and_keeps_the_order_of_tokens(shape):
-    ids = jax.vmap(lambda k: jax.random.permutation(k, 5))(jax.random.split(jax.random.key(0), shape[0]))[:, : shape[1]]
-    p = plan(ids, 7)
-    flat = np.asarray(ids).reshape(-1)
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(5)[: shape[1]] for _ in range(shape[0])]).astype(np.int32)
+    p = jax.tree.map(np.asarray, jax.jit(plan, static_argnums=1)(ids, 7))
+    flat = ids.reshape(-1)
     np.testing.assert_array_equal(p.order, np.argsort(flat, kind="stable"))
     np.testing.assert_array_equal(p.order[p.inverse], np.arange(flat.size))
     np.testing.assert_array_equal(p.sizes, np.bincount(flat, minlength=7))
@@ -161,7 +156,14 @@ def routed(tokens=33, active=3, n_experts=7):
     ids = jnp.asarray(np.stack([rng.permutation(n_experts)[:active] for _ in range(tokens)]), jnp.int32)
     x, g = (jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32) for _ in range(2))
     y = jnp.asarray(rng.normal(size=(tokens * active, D)), jnp.float32)
-    return ids, plan(ids, n_experts), x, g, y, jnp.asarray(rng.uniform(size=ids.shape), jnp.float32)
+    return (
+        ids,
+        jax.jit(plan, static_argnums=1)(ids, n_experts),
+        x,
+        g,
+        y,
+        jnp.asarray(rng.uniform(size=ids.shape), jnp.float32),
+    )
 
 
 def test_dispatch_gives_every_row_the_token_that_chose_its_expert():
@@ -225,31 +227,39 @@ def depth_loop(x, w_gate_up, w_down, scores, ids, backend):
     return jax.lax.scan(jax.checkpoint(layer), x, ids)[0]
 
 
-@pytest.mark.parametrize("backend", ["blocks", "dense", "megablox"])
-def test_a_checkpointed_depth_loop_under_shard_map_equals_the_same_loop_on_one_device(backend):
-    width = 128 if backend == "megablox" else D
+def sharded_gradients(width, backend):
+    """Value and gradients of the depth loop over four devices with replicated weights; and arguments for it."""
     x, w_gate_up, w_down, _, _ = experts([10] * 4, d=width, f=width)
     scores = jax.random.uniform(jax.random.key(0), (40, 2))
     ids = jax.random.randint(jax.random.key(1), (3, 40, 2), 0, 4, jnp.int32)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated, split = PartitionSpec(), PartitionSpec("data")
+    specs = (split, replicated, replicated, split, PartitionSpec(None, "data"))
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(split, *[replicated] * 2, split, PartitionSpec(None, "data")),
-        out_specs=split,
-    )
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=split)
     def sharded(x, w_gate_up, w_down, scores, ids):
         w_gate_up, w_down = (jax.lax.pcast(w, "data", to="varying") for w in (w_gate_up, w_down))
         return depth_loop(x, w_gate_up, w_down, scores, ids, backend)
 
-    def gradients(f):
-        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a, ids))), argnums=(0, 1, 2, 3)))
+    return gradients(sharded), (x, w_gate_up, w_down, scores, ids)
 
-    value, grads = gradients(sharded)(x, w_gate_up, w_down, scores)
-    expected, expected_grads = gradients(partial(depth_loop, backend="dense"))(x, w_gate_up, w_down, scores)
+
+def gradients(f):
+    return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2, 3)))
+
+
+def test_a_checkpointed_depth_loop_under_shard_map_equals_the_same_loop_on_one_device():
+    run, arrays = sharded_gradients(D, "blocks")
+    value, grads = run(*arrays)
+    expected, expected_grads = gradients(partial(depth_loop, backend="dense"))(*arrays)
     assert_near([value, *grads], [expected, *expected_grads], 1e-5)
+
+
+def test_megablox_lowers_for_tpus_inside_the_same_loop():
+    run, arrays = sharded_gradients(128, "megablox")
+    program = run.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    # two products: forward; forward again under checkpoint, d_x and d_w of each
+    assert program.count("tpu_custom_call") == 8
 
 
 def test_weights_and_rows_that_vary_over_different_mesh_axes_meet():

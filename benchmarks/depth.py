@@ -1,0 +1,140 @@
+"""How memory, compile time and step time grow with depth: the depth scan against what it replaces.
+
+    python benchmarks/depth.py [--depths 8 16 32 64] [--unrolled-up-to 64]
+
+For DR+DA at each depth, of the loss's gradient with respect to all weights: temporary bytes from XLA's compiled memory
+analysis, compile seconds, and seconds of a step (median of 3). `scan` is dreamer_jax.model.recurrence.depth_scan,
+`plain` a differentiated lax.scan with the cache in its carry, `remat` the same with jax.checkpoint on its body,
+`unrolled` a Python loop. The gradients of all are compared with the unrolled loop's.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from dreamer_jax.config import ModelConfig
+from dreamer_jax.model import dreamer, recurrence
+from dreamer_jax.model.dreamer import Compute, Dreamer
+from dreamer_jax.model.parameters import RouterBias
+from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
+
+ROWS, CONTEXT = 2, 256
+
+
+def config_of(depth: int) -> ModelConfig:
+    return ModelConfig(
+        depth=depth, width=128, vocab=512, query_heads=2, kv_heads=1, head_size=64, da_head_size=128, router_size=32,
+        experts=16, active_experts=2, expert_width=64, attention_experts=4,
+    )  # fmt: skip
+
+
+def plain_scan(checkpointed: bool):
+    """A drop-in for depth_scan that leaves differentiation to JAX."""
+
+    def scan(body, shared, stacked, constants, x, entry, *, depth, remat):
+        run = recurrence._remat(body, "full") if checkpointed else body
+
+        def step(carry, inputs):
+            x, cache = carry
+            l, own = inputs
+            x, new, aux = run(shared, own, constants, x, cache, l)
+            return (x, recurrence._put(cache, new, l)), aux
+
+        cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
+        (x, _), aux = lax.scan(step, (x, cache), (jnp.arange(depth), stacked))
+        return x, aux
+
+    return scan
+
+
+def unrolled(body, shared, stacked, constants, x, entry, *, depth, remat):
+    cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
+    auxs = []
+    for l in range(depth):
+        own = jax.tree.map(lambda a, l=l: a[l], stacked)
+        x, new, aux = body(shared, own, constants, x, cache, jnp.asarray(l))
+        cache = recurrence._put(cache, new, jnp.asarray(l))
+        auxs.append(aux)
+    return x, jax.tree.map(lambda *a: jnp.stack(a), *auxs)
+
+
+FORMS = {
+    "scan, remat full": (recurrence.depth_scan, "full"),
+    "scan, selective": (recurrence.depth_scan, "selective"),
+    "scan, remat none": (recurrence.depth_scan, "none"),
+    "plain": (plain_scan(False), "none"),
+    "plain, checkpoint": (plain_scan(True), "none"),
+    "unrolled": (unrolled, "none"),
+}
+
+
+def gradient_function(config: ModelConfig, remat: str):
+    graph, params, biases = nnx.split(Dreamer(config, nnx.Rngs(0)), nnx.Param, RouterBias)
+    tokens = jax.random.randint(jax.random.key(1), (ROWS, CONTEXT), 0, config.vocab)
+    positions = jnp.tile(jnp.arange(CONTEXT), (ROWS, 1))
+    segments = jnp.ones_like(tokens)
+    targets, weights = next_token_targets(tokens, segments)
+
+    def loss(params):
+        model = nnx.merge(graph, params, biases)
+        hidden, _, _ = model(tokens, positions, segments, Compute(remat=remat))
+        return cross_entropy_sum(hidden, model.lm_head[...], targets, weights) / jnp.sum(weights)
+
+    return jax.jit(jax.grad(loss)), params
+
+
+def measure(depth: int, form: str):
+    dreamer.depth_scan, remat = FORMS[form]
+    function, params = gradient_function(config_of(depth), remat)
+    lowered = function.lower(params)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - started
+    gradient = jax.block_until_ready(compiled(params))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(params))
+        times.append(time.perf_counter() - started)
+    return compiled.memory_analysis().temp_size_in_bytes, compile_seconds, statistics.median(times), gradient
+
+
+def error(actual, expected) -> float:
+    """Largest difference relative to the largest entry of each gradient."""
+    errors = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), actual, expected)
+    return float(max(jax.tree.leaves(errors)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--unrolled-up-to", type=int, default=64, help="greatest depth of the unrolled loop")
+    arguments = parser.parse_args()
+    print(f"DR+DA, {ROWS} x {CONTEXT} tokens, float32, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"{'form':<20}{'depth':>6}{'temporaries MiB':>17}{'compile s':>11}{'step s':>9}{'gradient error':>16}")
+    figures = {}
+    for depth in arguments.depths:
+        reference = None
+        for form in reversed(FORMS):
+            if form == "unrolled" and depth > arguments.unrolled_up_to:
+                continue
+            size, compile_seconds, step_seconds, gradient = measure(depth, form)
+            reference = gradient if reference is None else reference
+            figures[form, depth] = size, compile_seconds
+            row = f"{size / 2**20:>17.1f}{compile_seconds:>11.1f}{step_seconds:>9.3f}{error(gradient, reference):>16.1e}"
+            print(f"{form:<20}{depth:>6}{row}", flush=True)
+    first, *_, half, last = arguments.depths
+    for form in FORMS:
+        if (form, last) in figures:
+            memory = figures[form, last][0] / figures[form, half][0]
+            seconds = figures[form, last][1] / figures[form, first][1]
+            print(f"{form:<20} bytes({last})/bytes({half}) = {memory:.2f}, compile({last})/compile({first}) = {seconds:.2f}")
+
+
+if __name__ == "__main__":
+    main()

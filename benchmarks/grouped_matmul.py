@@ -1,0 +1,102 @@
+"""What do many small experts cost over one dense layer of equal FLOPs?
+
+    python benchmarks/grouped_matmul.py [--tokens 4096] [--runs 5]
+
+Times every form of the CPU (the loop over blocks, XLA's ragged_dot where it is bearable) against one dense product of
+equal FLOPs, forward and forward + backward, in interleaved runs, and prints the medians and their ratio to dense. Groups
+are drawn at random: "even" from equal experts, "skewed" from experts of exponentially distributed popularity. "decode"
+is one token that meets cold experts: its time must not grow with E. Needs about 3 GB and a minute on two cores.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamer_jax.model.grouped_matmul import grouped_matmul, grouped_swiglu
+
+D, F, ACTIVE = 256, 128, 8
+
+
+def group_sizes(rng, rows, experts, skewed=False):
+    popularity = rng.exponential(size=experts) if skewed else np.ones(experts)
+    return jnp.asarray(rng.multinomial(rows, popularity / popularity.sum()), jnp.int32)
+
+
+def swiglu(x, w_gate_up, w_down, sizes):
+    return grouped_swiglu(x, w_gate_up, w_down, sizes, backend="blocks")
+
+
+def dense_swiglu(x, w_gate_up, w_down, sizes):
+    gate, up = jnp.split(x @ w_gate_up[0], 2, axis=1)
+    return (jax.nn.silu(gate) * up) @ w_down[0]
+
+
+def matmul(x, w, sizes):
+    return grouped_matmul(x, w, sizes, backend="blocks")
+
+
+def dense_matmul(x, w, sizes):
+    return x @ w[0]
+
+
+def forward_and_backward(f):
+    def both(*args):
+        *arrays, sizes = args
+        y, vjp = jax.vjp(lambda *arrays: f(*arrays, sizes), *arrays)
+        return vjp(y)
+
+    return both
+
+
+def interleaved_medians(programs, args, runs):
+    """Seconds of each program: one warm-up each, then all in turn, `runs` times."""
+    seconds = {name: [] for name in programs}
+    for run in range(runs + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            if run:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def compare(title, forms, args, runs):
+    """Print one line: the time of the two forms (dense first) and their ratio, forward and forward + backward."""
+    cells = []
+    for wrap in (lambda f: f, forward_and_backward):
+        dense, ours = interleaved_medians({f.__name__: jax.jit(wrap(f)) for f in forms}, args, runs).values()
+        cells.append(f"{dense * 1e3:8.1f} {ours * 1e3:8.1f} {ours / dense:7.2f}")
+    print(f"{title:34} {cells[0]}   {cells[1]}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    normal = partial(lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-2] ** -0.5))
+
+    print(f"{'milliseconds':34} {'forward':^25}   {'forward + backward':^25}")
+    print(f"{'':34} {'dense':>8} {'blocks':>8} {'ratio':>7}   {'dense':>8} {'blocks':>8} {'ratio':>7}")
+    rows = options.tokens * ACTIVE
+    for experts in (64, 512):
+        weights = normal(experts, D, 2 * F), normal(experts, F, D)
+        for skewed in (False, True):
+            args = (normal(rows, D), *weights, group_sizes(rng, rows, experts, skewed))
+            title = f"SwiGLU A={ACTIVE} E={experts} {'skewed' if skewed else 'even'}"
+            compare(title, (dense_swiglu, swiglu), args, options.runs)
+        args = (normal(ACTIVE, D), *weights, group_sizes(rng, ACTIVE, experts))
+        compare(f"SwiGLU A={ACTIVE} E={experts} decode (1 token)", (dense_swiglu, swiglu), args, options.runs)
+    for skewed in (False, True):
+        args = normal(options.tokens, D), normal(16, D, 512), group_sizes(rng, options.tokens, 16, skewed)
+        title = f"attention MoE A=1 E=16 {'skewed' if skewed else 'even'}"
+        compare(title, (dense_matmul, matmul), args, options.runs)
+
+
+if __name__ == "__main__":
+    main()

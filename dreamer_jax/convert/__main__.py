@@ -1,0 +1,120 @@
+"""Checkpoints to the exchange format and back.
+
+python -m dreamer_jax.convert --checkpoint RUN --to safetensors --out DIR [--merged]
+python -m dreamer_jax.convert --from safetensors --source DIR --out RUN
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dreamer_jax.config import Config, ConfigError, ModelConfig, from_json, to_json
+
+RUN_CONFIG = "run.json"
+"""The resolved config of the run that an export came from."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Convert a checkpoint to safetensors (--checkpoint, --to) or safetensors to a checkpoint (--from, --source)."""
+
+    out: Path
+    """Folder to write."""
+    checkpoint: Path | None = None
+    """Folder of a run, or of one of its checkpoints."""
+    to: Literal["safetensors"] | None = None
+    """Format of the export: model.safetensors, config.json and the tokenizer."""
+    merged: bool = False
+    """Export W_e + W_shared as the attention experts (Eq. 8): smaller, for inference."""
+    source: Path | None = None
+    """Folder of an export."""
+    from_: Annotated[Literal["safetensors"] | None, tyro.conf.arg(name="from")] = None
+    """Format of the export."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, convert, report."""
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = tyro.cli(tyro.conf.FlagCreatePairsOff[Arguments], args=given, prog="python -m dreamer_jax.convert")
+    try:
+        return run(parsed)
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith("dreamer_jax."):  # a bug keeps its traceback
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: Arguments) -> int:
+    """Convert in the direction that the arguments give."""
+    if arguments.to and arguments.checkpoint and not (arguments.from_ or arguments.source):
+        return export(arguments.checkpoint, arguments.out, merged=arguments.merged)
+    if arguments.from_ and arguments.source and not (arguments.to or arguments.checkpoint or arguments.merged):
+        return restore(arguments.source, arguments.out)
+    raise ConfigError(f"these arguments do not go together; use one of\n{(__doc__ or '').split('back.')[1].strip()}")
+
+
+def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
+    """Write a checkpoint's weights by their exchange names, with all that a reader needs."""
+    # Late, so that --help does not wait for JAX.
+    from dreamer_jax.convert import merged_model, named_arrays, save_safetensors
+    from dreamer_jax.convert.model import is_merged
+    from dreamer_jax.data.tokenizer import load_tokenizer
+    from dreamer_jax.training.checkpoint import load_model
+
+    loaded = load_model(checkpoint)
+    model = merged_model(loaded.model) if merged else loaded.model
+    arrays = named_arrays(model)
+    save_safetensors(out, loaded.config.model, arrays, is_merged(model))
+    load_tokenizer(loaded.tokenizer_path).save(out)
+    (out / RUN_CONFIG).write_text(to_json(loaded.config))
+    form = "merged" if is_merged(model) else "original"
+    count = sum(array.size for array in arrays.values())
+    print(
+        f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers, float32), config, tokenizer"
+    )
+    print(f"next: python -m dreamer_jax.convert --from safetensors --source {out} --out RUN")
+    return 0
+
+
+def restore(source: Path, out: Path) -> int:
+    """Write a run folder whose first checkpoint, at step 0, has an export's weights."""
+    from dreamer_jax.convert import build, load_safetensors, unmerged
+    from dreamer_jax.training.checkpoint import save_model
+
+    config, arrays, merged = load_safetensors(source)
+    tokenizer = tokenizer_file(source)
+    if merged:
+        print("note: merged weights compute the same with shared experts of zero, which they get", file=sys.stderr)
+        arrays = unmerged(config, arrays)
+    run_config = dataclasses.replace(config_of_run(source, config), name=out.name, out=str(out.parent))
+    save_model(out, run_config, build(config, arrays), tokenizer)
+    print(f"wrote {out}: checkpoint 0 with {len(arrays)} arrays, config.json, tokenizer")
+    print(f'next: python -m dreamer_jax.generate --checkpoint {out} --prompt "..."')
+    return 0
+
+
+def tokenizer_file(source: Path) -> Path:
+    """The tokenizer of an export."""
+    from dreamer_jax.convert import WeightError
+
+    found = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).is_file()]
+    if not found:
+        raise WeightError(f"'{source}' has neither tokenizer.model nor tokenizer.json: put the model's tokenizer there")
+    return found[0]
+
+
+def config_of_run(source: Path, model: ModelConfig) -> Config:
+    """The config of the run that was exported; if the export does not have it, the defaults around the model."""
+    file = source / RUN_CONFIG
+    if not file.is_file():
+        return Config(name=source.name, model=model)
+    return dataclasses.replace(from_json(file.read_text()), model=model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
