@@ -126,14 +126,18 @@ def main() -> None:
             size, compile_seconds, step_seconds, gradient = measure(depth, form)
             reference = gradient if reference is None else reference
             figures[form, depth] = size, compile_seconds
-            row = f"{size / 2**20:>17.1f}{compile_seconds:>11.1f}{step_seconds:>9.3f}{error(gradient, reference):>16.1e}"
+            row = (
+                f"{size / 2**20:>17.1f}{compile_seconds:>11.1f}{step_seconds:>9.3f}{error(gradient, reference):>16.1e}"
+            )
             print(f"{form:<20}{depth:>6}{row}", flush=True)
     first, *_, half, last = arguments.depths
     for form in FORMS:
         if (form, last) in figures:
             memory = figures[form, last][0] / figures[form, half][0]
             seconds = figures[form, last][1] / figures[form, first][1]
-            print(f"{form:<20} bytes({last})/bytes({half}) = {memory:.2f}, compile({last})/compile({first}) = {seconds:.2f}")
+            print(
+                f"{form:<20} bytes({last})/bytes({half}) = {memory:.2f}, compile({last})/compile({first}) = {seconds:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What do many small experts cost over one dense layer of equal FLOPs?
 
-    python benchmarks/grouped_matmul.py [--tokens 4096] [--runs 5]
+    python benchmarks/grouped_matmul.py [--tokens 4096] [--runs 3]
 
-Times every form of the CPU (the loop over blocks, XLA's ragged_dot where it is bearable) against one dense product of
-equal FLOPs, forward and forward + backward, in interleaved runs, and prints the medians and their ratio to dense. Groups
-are drawn at random: "even" from equal experts, "skewed" from experts of exponentially distributed popularity. "decode"
-is one token that meets cold experts: its time must not grow with E. Needs about 3 GB and a minute on two cores.
+Times the CPU's backend ("blocks") against one dense product of equal FLOPs, forward and forward + backward, in
+interleaved runs, and prints the medians and their ratio. Groups are drawn at random: "even" from equal experts,
+"skewed" from experts of exponentially distributed popularity. "decode" is one token: its forward time must not grow
+with E (its gradient, as large as the weights, is no part of decoding). About 3 GB and a minute on two cores.
 """
 
 import argparse
@@ -64,19 +64,19 @@ def interleaved_medians(programs, args, runs):
     return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
-def compare(title, forms, args, runs):
+def compare(title, forms, args, runs, passes=(lambda f: f, forward_and_backward)):
     """Print one line: the time of the two forms (dense first) and their ratio, forward and forward + backward."""
     cells = []
-    for wrap in (lambda f: f, forward_and_backward):
+    for wrap in passes:
         dense, ours = interleaved_medians({f.__name__: jax.jit(wrap(f)) for f in forms}, args, runs).values()
         cells.append(f"{dense * 1e3:8.1f} {ours * 1e3:8.1f} {ours / dense:7.2f}")
-    print(f"{title:34} {cells[0]}   {cells[1]}", flush=True)
+    print(f"{title:34} {'   '.join(cells)}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     normal = partial(lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-2] ** -0.5))
@@ -91,7 +91,9 @@ def main():
             title = f"SwiGLU A={ACTIVE} E={experts} {'skewed' if skewed else 'even'}"
             compare(title, (dense_swiglu, swiglu), args, options.runs)
         args = (normal(ACTIVE, D), *weights, group_sizes(rng, ACTIVE, experts))
-        compare(f"SwiGLU A={ACTIVE} E={experts} decode (1 token)", (dense_swiglu, swiglu), args, options.runs)
+        compare(
+            f"SwiGLU A={ACTIVE} E={experts} decode", (dense_swiglu, swiglu), args, options.runs, passes=(lambda f: f,)
+        )
     for skewed in (False, True):
         args = normal(options.tokens, D), normal(16, D, 512), group_sizes(rng, options.tokens, 16, skewed)
         title = f"attention MoE A=1 E=16 {'skewed' if skewed else 'even'}"

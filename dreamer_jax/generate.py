@@ -82,7 +82,10 @@ def _warn_of_length(longest: int, max_tokens: int, context: int) -> None:
     if longest > context:
         print(f"warning: a prompt of {longest} tokens exceeds the trained context of {context}", file=sys.stderr)
     elif longest + max_tokens > context:
-        print(f"warning: answers longer than {context - longest} tokens exceed the trained context", file=sys.stderr)
+        print(
+            f"warning: answers longer than {context - longest} tokens exceed the trained context of {context}",
+            file=sys.stderr,
+        )
 
 
 class Answers:

@@ -13,6 +13,11 @@ from typing import Annotated, Literal
 import tyro
 
 from dreamer_jax.config import Config, ConfigError, ModelConfig, from_json, to_json
+from dreamer_jax.convert.model import build, is_merged, merged_model, named_arrays
+from dreamer_jax.convert.names import WeightError
+from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, unmerged
+from dreamer_jax.data.tokenizer import load_tokenizer
+from dreamer_jax.training.checkpoint import load_model, save_model
 
 RUN_CONFIG = "run.json"
 """The resolved config of the run that an export came from."""
@@ -60,12 +65,6 @@ def run(arguments: Arguments) -> int:
 
 def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     """Write a checkpoint's weights by their exchange names, with all that a reader needs."""
-    # Late, so that --help does not wait for JAX.
-    from dreamer_jax.convert import merged_model, named_arrays, save_safetensors
-    from dreamer_jax.convert.model import is_merged
-    from dreamer_jax.data.tokenizer import load_tokenizer
-    from dreamer_jax.training.checkpoint import load_model
-
     loaded = load_model(checkpoint)
     model = merged_model(loaded.model) if merged else loaded.model
     arrays = named_arrays(model)
@@ -74,18 +73,13 @@ def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     (out / RUN_CONFIG).write_text(to_json(loaded.config))
     form = "merged" if is_merged(model) else "original"
     count = sum(array.size for array in arrays.values())
-    print(
-        f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers, float32), config, tokenizer"
-    )
+    print(f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers), config, tokenizer")
     print(f"next: python -m dreamer_jax.convert --from safetensors --source {out} --out RUN")
     return 0
 
 
 def restore(source: Path, out: Path) -> int:
     """Write a run folder whose first checkpoint, at step 0, has an export's weights."""
-    from dreamer_jax.convert import build, load_safetensors, unmerged
-    from dreamer_jax.training.checkpoint import save_model
-
     config, arrays, merged = load_safetensors(source)
     tokenizer = tokenizer_file(source)
     if merged:
@@ -100,8 +94,6 @@ def restore(source: Path, out: Path) -> int:
 
 def tokenizer_file(source: Path) -> Path:
     """The tokenizer of an export."""
-    from dreamer_jax.convert import WeightError
-
     found = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).is_file()]
     if not found:
         raise WeightError(f"'{source}' has neither tokenizer.model nor tokenizer.json: put the model's tokenizer there")

@@ -1,0 +1,1 @@
+"""Generation: caches, sampling, the decoding loop and the text that streams from it."""

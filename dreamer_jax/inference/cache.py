@@ -29,7 +29,7 @@ def empty_cache(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) ->
 
 
 def rows_for(tokens: int) -> int:
-    """`tokens` rounded up to one of four sizes per octave: few shapes to compile, at most a quarter (or 15) to spare."""
+    """`tokens` rounded up to one of four sizes per octave: few shapes to compile, little to spare."""
     size = max(16, (1 << (tokens - 1).bit_length()) // 8)
     return -(-tokens // size) * size
 

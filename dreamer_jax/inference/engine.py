@@ -28,17 +28,20 @@ OnToken = Callable[[int, int], bool | None]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoder:
-    """A model ready to decode: matrices in the compute dtype, attention experts merged with the shared one (Eq. 8)."""
+    """A model ready to decode: matrices in the compute dtype, attention experts merged with the shared one (Eq. 8).
+
+    A pytree. JAX rebuilds it around things that are no arrays, hence the loose types.
+    """
 
     config: ModelConfig = field(metadata={"static": True})
     compute: Compute = field(metadata={"static": True})
-    embed: Array
+    embed: Any
     graph: Any
     shared: Any
     stacked: Any
     biases: Any
-    residual_norm: Array
-    lm_head: Array
+    residual_norm: Any
+    lm_head: Any
 
 
 def prepare(model: Dreamer, compute: Compute) -> Decoder:

@@ -402,9 +402,12 @@ def _unchecked(f: Callable[..., Array], *args):
 def _tokamax(product: Product, a, b, sizes):
     try:
         import tokamax
+        from absl import flags
     except ImportError as error:
         message = "backend 'tokamax' needs the package tokamax: pip install 'dreamer-jax[gpu]' (or [tpu])"
         raise ImportError(message) from error
+    if not flags.FLAGS.is_parsed():  # else tokamax would parse our command line and stop at the first option of ours
+        flags.FLAGS.mark_as_parsed()
     contract: dict[Product, tuple[list[int], list[int]]] = {"forward": ([1], [1]), "d_x": ([1], [2]), "d_w": ([0], [0])}
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contract[product], ([], [])),

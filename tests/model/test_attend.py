@@ -17,7 +17,7 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}
 
 
 def oracle(q, k, v, visible, d_out=None):
-    """[out, d_q, d_k, d_v], one query at a time in numpy float64. visible[b, t]: the keys that query t of row b sees."""
+    """[out, d_q, d_k, d_v], one query at a time in numpy float64; query t of row b sees the keys visible[b, t]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     d_out = cotangent(q.shape) if d_out is None else d_out
     out, d_q, d_k, d_v = (np.zeros_like(x) for x in (q, q, k, v))

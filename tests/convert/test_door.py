@@ -1,0 +1,89 @@
+"""`python -m dreamer_jax.convert`, there and back through a checkpoint."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dreamer_jax import convert
+from dreamer_jax.config import Config, DataConfig
+from dreamer_jax.convert.__main__ import main
+from dreamer_jax.data.tokenizer import train_sentencepiece
+from dreamer_jax.training.checkpoint import load_model, save_model
+from tests.convert.test_safetensors import example
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with one checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(train_sentencepiece(["What is 12 plus 30? It is 42."] * 4, 300))
+    model, arrays = example()
+    config = Config(name="run", out=str(folder), model=model, data=DataConfig(context=99))
+    save_model(folder / "run", config, convert.build(model, arrays), tokenizer)
+    return folder / "run"
+
+
+def test_an_export_holds_the_checkpoints_weights_and_becomes_the_same_checkpoint(run, tmp_path, capsys):
+    out, back = tmp_path / "export", tmp_path / "back"
+    assert main(["--checkpoint", str(run), "--to", "safetensors", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote {out}" in said
+    assert "next: python -m dreamer_jax.convert --from safetensors" in said
+    config, arrays, merged = convert.load_safetensors(out)
+    original = load_model(run)
+    assert config == original.config.model
+    assert not merged
+    for name, array in convert.named_arrays(original.model).items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+    assert main(["--from", "safetensors", "--source", str(out), "--out", str(back)]) == 0
+    assert f"next: python -m dreamer_jax.generate --checkpoint {back}" in capsys.readouterr().out
+    restored = load_model(back)
+    assert restored.config == dataclasses.replace(original.config, name="back", out=str(tmp_path))
+    assert restored.tokenizer_path.read_bytes() == original.tokenizer_path.read_bytes()
+    for name, array in convert.named_arrays(restored.model).items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+def test_a_merged_export_has_no_shared_experts_and_can_come_back(run, tmp_path, capsys):
+    out, back = tmp_path / "export", tmp_path / "back"
+    assert main(["--checkpoint", str(run), "--to", "safetensors", "--merged", "--out", str(out)]) == 0
+    _, arrays, merged = convert.load_safetensors(out)
+    assert merged
+    assert not any(name.endswith("_shared") for name in arrays)
+    (out / "run.json").unlink()
+    assert main(["--from", "safetensors", "--source", str(out), "--out", str(back)]) == 0
+    assert "shared experts of zero" in capsys.readouterr().err
+    restored = convert.named_arrays(load_model(back).model)
+    np.testing.assert_array_equal(restored["layer.sa.w_qkv"], arrays["layer.sa.w_qkv"])
+    assert not np.asarray(restored["layer.sa.w_qkv_shared"]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "OUT"], "do not go together"),
+        (["--checkpoint", "RUN", "--from", "safetensors", "--out", "OUT"], "--from safetensors --source DIR"),
+        (["--source", "OUT", "--from", "safetensors", "--merged", "--out", "OUT"], "do not go together"),
+        (["--checkpoint", "NOWHERE", "--to", "safetensors", "--out", "OUT"], "is not a run folder"),
+        (["--source", "NOWHERE", "--from", "safetensors", "--out", "OUT"], "has no config.json"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, message, run, tmp_path, capsys):
+    paths = {"OUT": str(tmp_path / "out"), "RUN": str(run), "NOWHERE": str(tmp_path / "nowhere")}
+    assert main([paths.get(word, word) for word in arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten_and_a_missing_tokenizer_is_named(run, tmp_path, capsys):
+    assert main(["--checkpoint", str(run), "--to", "safetensors", "--out", str(tmp_path)]) == 0
+    assert main(["--from", "safetensors", "--source", str(tmp_path), "--out", str(run)]) == 1
+    assert "has checkpoints already" in capsys.readouterr().err
+    (tmp_path / "tokenizer.model").unlink()
+    assert main(["--from", "safetensors", "--source", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
+    assert "neither tokenizer.model nor tokenizer.json" in capsys.readouterr().err
