@@ -50,7 +50,8 @@ def prepare(model: Dreamer, compute: Compute) -> Decoder:
 
     @jax.jit
     def prepared(state: nnx.State) -> Decoder:
-        model = convert.merged_model(nnx.merge(graph, state))
+        model = nnx.merge(graph, state)
+        model = convert.merged_model(model) if model.config.routed_attention else model
         layers = depth_weights(model, compute)
         embed, lm_head = (matrix[...].astype(compute.dtype) for matrix in (model.embed, model.lm_head))
         return Decoder(model.config, compute, embed, *layers, model.residual_norm[...], lm_head)

@@ -43,13 +43,13 @@ def choose(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], positions: Int[Array, "B"], sampling: Sampling
 ) -> Int[Array, "B"]:
     """The token of each row; `positions`, where it will stand, make its draw differ from the row's other draws."""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # below what float32 logits can tell apart
         return jnp.argmax(logits, axis=-1)
     return jax.vmap(lambda row, key, t: _draw(row, jax.random.fold_in(key, t), sampling))(logits, keys, positions)
 
 
 def _draw(logits: Float[Array, "V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, ""]:
-    logits = (logits - jnp.max(logits)) / sampling.temperature  # the maximum goes first, for tiny temperatures
+    logits = logits / sampling.temperature
     if sampling.top_p == 1:
         return jax.random.categorical(key, logits)
     order = jnp.argsort(-logits)

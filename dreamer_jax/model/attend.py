@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
 
-# Tokens of a query or key block of the `blocks` backend.
-BLOCK = 128
+# Tokens of a query or key block of the `blocks` backend: the scores of a block pair should fit a core's second cache.
+BLOCK = 64
 
 
 def default_backend(platform: str) -> AttentionBackend:

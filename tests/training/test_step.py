@@ -93,7 +93,9 @@ def test_biases_move_by_their_rates_and_sum_what_shares_them(folder):
     counts = results[0].figures.routers["ea"].counts.sum(axis=0)
     bias = state.biases["layer"]["ea"]["router"]["bias"][...]
     np.testing.assert_allclose(bias, 1e-3 * np.sign(np.median(counts) - counts), rtol=1e-6)
-    assert set(np.abs(state.biases["layer"]["sa"]["projections"]["router"]["bias"][...]).round(6)) <= {0.0, 0.01}
+    attention_counts = results[0].figures.routers["sa"].counts.sum(axis=0)
+    bias = state.biases["layer"]["sa"]["projections"]["router"]["bias"][...]
+    np.testing.assert_allclose(bias, 1e-2 * np.sign(np.median(attention_counts) - attention_counts), rtol=1e-6)
 
 
 def test_padding_is_not_counted(folder):
@@ -161,7 +163,7 @@ def test_initialisation_depends_on_the_seed_alone(folder):
 def test_weight_decay_spares_norms_alone(folder):
     _, state = init_state(config_of("DR+DA", folder), make_mesh(MeshConfig(), jax.devices()[:1]))
     is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
-    decides = {type(v): v[...] for v in jax.tree.leaves(decayed(state.params), is_leaf=is_variable)}
+    decides = {type(v): v.get_value() for v in jax.tree.leaves(decayed(state.params), is_leaf=is_variable)}
     assert decides == {Matrix: True, RouterKeys: True, Norm: False}
 
 
