@@ -135,9 +135,8 @@ def main() -> None:
         if (form, last) in figures:
             memory = figures[form, last][0] / figures[form, half][0]
             seconds = figures[form, last][1] / figures[form, first][1]
-            print(
-                f"{form:<20} bytes({last})/bytes({half}) = {memory:.2f}, compile({last})/compile({first}) = {seconds:.2f}"
-            )
+            print(f"{form:<20} bytes({last})/bytes({half}) = {memory:.2f}", end=", ")
+            print(f"compile({last})/compile({first}) = {seconds:.2f}")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,23 @@ Expected result: see README for the loss; it lies far below the unigram entropy 
 sample at the end shows the worked-answer format of grade-school exercises.
 """
 
-from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, Source, TrainConfig
+from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Source, TrainConfig
 
 
 def get_config() -> Config:
     """What differs from the defaults."""
     return Config(
         name="tiny",
-        model=ModelConfig(depth=6, width=192, vocab=1024),
+        model=ModelConfig(
+            depth=4,
+            width=128,
+            vocab=1024,
+            head_size=32,
+            da_head_size=32,
+            router_size=32,
+            experts=32,
+            expert_width=64,
+        ),
         data=DataConfig(
             sources=(
                 Source("word_problems", weight=0.6, tasks=("gsm_symbolic",), documents_per_task=8000),
@@ -43,6 +52,7 @@ def get_config() -> Config:
             ),
             context=512,
         ),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, gradient_clip=1.0),
         train=TrainConfig(steps=300, batch=8, dtype="float32", remat="none", validate_every=100),
         checkpoint=CheckpointConfig(every=100),
     )

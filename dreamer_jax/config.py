@@ -74,8 +74,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check what no single key shows."""
-        sizes = ("depth", "width", "vocab", "query_heads", "kv_heads", "head_size", "da_heads", "da_kv_heads")
-        sizes += ("da_head_size", "router_size", "experts", "active_experts", "expert_width")
+        sizes = ["depth", "width", "vocab", "query_heads", "kv_heads", "head_size", "da_heads", "da_kv_heads"]
+        sizes += ["da_head_size", "router_size", "experts", "active_experts", "expert_width"]
         for key in sizes:
             _require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be at least 1")
         for heads, kv in (("query_heads", "kv_heads"), ("da_heads", "da_kv_heads")):
@@ -344,7 +344,9 @@ def from_dict(cls: Any, values: dict[str, Any], where: str = "") -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         nearest = difflib.get_close_matches(key, known, n=1)
-        _require(key in known, f"unknown key '{where}{key}'" + (f"; did you mean '{where}{nearest[0]}'?" if nearest else ""))
+        _require(
+            key in known, f"unknown key '{where}{key}'" + (f"; did you mean '{where}{nearest[0]}'?" if nearest else "")
+        )
     kinds = typing.get_type_hints(cls)
     return cls(**{key: _value(kinds[key], value, where + key) for key, value in values.items()})
 

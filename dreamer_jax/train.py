@@ -3,9 +3,13 @@
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from dreamer_jax import config as configuration
 from dreamer_jax.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from dreamer_jax.training.loop import Summary
 
 USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
 
@@ -52,9 +56,28 @@ def run(config: Config) -> int:
     if summary.validation_loss is not None:
         print(f"  validation loss  {summary.validation_loss:.4f} nats per token")
     print(f"  unigram entropy  {summary.unigram_entropy:.4f} nats per token (what token frequencies alone reach)")
+    print(sample(summary))
     print(f"wrote {config.run_dir}: checkpoints, config.json, tokenizer, metrics.jsonl, tensorboard")
     print(f'next: python -m dreamer_jax.generate --checkpoint {config.run_dir} --prompt "..."')
     return 0
+
+
+def sample(summary: "Summary") -> str:
+    """A prompt and the trained model's likeliest answer to it."""
+    from dreamer_jax.data.sources import render_prompt
+    from dreamer_jax.data.tokenizer import load_tokenizer
+    from dreamer_jax.inference.engine import generate
+    from dreamer_jax.model.dreamer import Compute
+
+    tokenizer = load_tokenizer(summary.prepared.tokenizer)
+    source = summary.config.data.sources[0].name
+    examples = summary.prepared.report["sources"][source]["examples"]
+    prompt = summary.config.log.sample_prompt or (examples[0]["prompt"] if examples else "What is 12 + 30?")
+    rendered = render_prompt(prompt)
+    tokens = [tokenizer.bos, *tokenizer.encode(rendered)]
+    compute, longest = Compute.of(summary.config), max(1, min(160, summary.config.data.context - len(tokens)))
+    [answer] = generate(summary.model, compute, [tokens], max_tokens=longest, stop_ids=(tokenizer.eos,))
+    return f"a held-out prompt and the model's answer:\n  {rendered}{tokenizer.decode(answer)}".replace("\n", "\n  ")
 
 
 def _ours(error: BaseException) -> bool:

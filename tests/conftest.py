@@ -1,4 +1,4 @@
-"""Strict settings for every test: 8 simulated CPU devices, no silent dtype or rank promotion, shapes checked at run time."""
+"""Strict settings for every test: 8 simulated CPU devices, no silent promotion of dtypes or ranks, shapes checked."""
 
 import os
 import tempfile

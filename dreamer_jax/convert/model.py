@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer_jax.config import ModelConfig, OptimizerConfig
 from dreamer_jax.convert import names
 from dreamer_jax.model.dreamer import Capture, Compute, Dreamer
-from dreamer_jax.model.parameters import RouterBias
+from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import rebalanced
 
@@ -77,7 +77,7 @@ def inspect(
     """
     compute = compute or Compute()
     targets, weights = next_token_targets(tokens, segment_ids, response_mask)
-    graph, params, biases = nnx.split(model, nnx.Param, RouterBias)
+    graph, params, biases = taken_apart(model)
 
     def loss(params: nnx.State) -> tuple[Array, Any]:
         model = nnx.merge(graph, params, biases)

@@ -14,7 +14,7 @@ from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import RouterBias
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 
 
 class WeightError(ValueError):
@@ -26,8 +26,8 @@ def _router(prefix: str, path: Path) -> dict[str, Path]:
 
 
 def _attention(kind: str, config: ModelConfig, merged: bool) -> dict[str, Path]:
-    path = ("layer", kind, "projections")
-    table = {f"{kind}.{leaf}": (*path, leaf) for leaf in ("w_qkv", "w_o", "q_norm", "k_norm")}
+    path: Path = ("layer", kind, "projections")
+    table: dict[str, Path] = {f"{kind}.{leaf}": (*path, leaf) for leaf in ("w_qkv", "w_o", "q_norm", "k_norm")}
     table[f"{kind}.norm"] = ("layer", kind, "norm")
     if config.routed_attention:
         table |= _router(kind, path)
@@ -114,7 +114,9 @@ def flat_zeros(state: nnx.State) -> dict[Path, Any]:
 def check_names(named: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise WeightError that names every missing, extra and misshapen array."""
     faults = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in named]
-    faults += [f"not in this model: {name} {tuple(array.shape)}" for name, array in named.items() if name not in expected]
+    faults += [
+        f"not in this model: {name} {tuple(array.shape)}" for name, array in named.items() if name not in expected
+    ]
     for name, shape in expected.items():
         if name in named and tuple(named[name].shape) != shape:
             faults.append(f"misshapen: {name} is {tuple(named[name].shape)}, the config asks for {shape}")

@@ -56,4 +56,9 @@ class DepthAttention(nnx.Module):
         q = rotate_heads(rms_norm(q, projections.q_norm[...], epsilon), angles)
         k = rotate_heads(rms_norm(k, projections.k_norm[...], epsilon), angles)
         o, attention = attend_depth(q, k, v, cache.k, cache.v, l)
-        return projections.out(o, selection, backend), DepthCache(k, v), attention, selection.routing if selection else None
+        return (
+            projections.out(o, selection, backend),
+            DepthCache(k, v),
+            attention,
+            selection.routing if selection else None,
+        )

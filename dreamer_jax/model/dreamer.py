@@ -16,7 +16,7 @@ from dreamer_jax.model import attend, grouped_matmul
 from dreamer_jax.model.depth_attention import DepthCache
 from dreamer_jax.model.mixture import Layer, LayerOutput
 from dreamer_jax.model.norm import rms_norm
-from dreamer_jax.model.parameters import RouterBias, cast_matrices, input_std, matrix, norm
+from dreamer_jax.model.parameters import cast_matrices, input_std, matrix, norm, taken_apart
 from dreamer_jax.model.recurrence import Remat, depth_scan
 from dreamer_jax.model.router import Routing
 
@@ -66,8 +66,8 @@ class Figures(NamedTuple):
 class Capture(NamedTuple):
     """Everything that analysis looks at."""
 
-    hidden: Float[Array, "L+1 B T D"]
-    """x_0 .. x_L: what each depth reads, and last what the LM head (LA: the final norm) reads."""
+    hidden: Float[Array, "inputs B T D"]
+    """x_0 .. x_L, L + 1 in all: what each depth reads, and last what the LM head (LA: the final norm) reads."""
     experts: dict[str, Int[Array, "L B T A"]]
     scores: dict[str, Float[Array, "L B T A"]]
     """Weights of the selected experts: for EA normalised, for attention MoEs the plain score."""
@@ -110,9 +110,7 @@ class Dreamer(nnx.Module):
         constants = (biases, positions, segment_ids)
         body = functools.partial(_depth_step, config, graph, compute, capture)
         entry = depth_entry(config, x)
-        x_last, aux = depth_scan(
-            body, shared, stacked, constants, x, entry, depth=config.depth, remat=compute.remat
-        )
+        x_last, aux = depth_scan(body, shared, stacked, constants, x, entry, depth=config.depth, remat=compute.remat)
         if config.depth_recurrent:
             head_input = x_last
         else:
@@ -134,7 +132,7 @@ def depth_weights(model: Dreamer, compute: Compute) -> tuple[Any, dict[str, Any]
     """
     layer = nnx.clone(model.layer)
     layer.prepare(compute.matmul)
-    graph, params, biases = nnx.split(layer, nnx.Param, RouterBias)
+    graph, params, biases = taken_apart(layer)
     params = cast_matrices(params, compute.dtype)
     nothing: dict[str, Any] = {}
     if model.config.depth_recurrent:
@@ -152,7 +150,9 @@ def depth_entry(config: ModelConfig, x: Float[Array, "B T D"]) -> DepthCache | N
     return DepthCache(zeros, zeros)
 
 
-def layer_at(config: ModelConfig, graph: Any, shared: dict[str, Any], own: dict[str, Any], biases: nnx.State, l: Array) -> Layer:
+def layer_at(
+    config: ModelConfig, graph: Any, shared: dict[str, Any], own: dict[str, Any], biases: nnx.State, l: Array
+) -> Layer:
     """The layer of depth l: the one layer of DR, or the l-th of LA with its own router biases."""
     if config.depth_recurrent:
         return nnx.merge(graph, shared["layer"], biases)
@@ -185,11 +185,8 @@ def _depth_step(
         return attend.attend_sequence(q, k, v, segment_ids, backend=compute.attention), None
 
     output = layer(x, l, positions, counted, cache, attend_packed, compute.matmul)
-    aux = _figures(output, counted)
-    if capture:
-        aux = (*aux, (x, _by_kind(output), output.depth_attention))
-    else:
-        aux = (*aux, None)
+    aux: tuple[Any, ...] = _figures(output, counted)
+    aux = (*aux, (x, _by_kind(output), output.depth_attention) if capture else None)
     return next_input(config, shared, output.y), output.entry, lax.stop_gradient(aux)
 
 

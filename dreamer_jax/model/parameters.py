@@ -1,6 +1,7 @@
 """Kinds of parameter, their initialisation and the logical axes that `sharding.py` maps to the mesh."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,12 @@ def input_std(config: ModelConfig) -> float:
 def output_std(config: ModelConfig) -> float:
     """Standard deviation of output projections: sqrt(1 / (2.5 D depth attention_dims)) (Table 3)."""
     return math.sqrt(1 / (2.5 * config.width * config.depth * config.attention_dims))
+
+
+def taken_apart(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    """(graph definition, parameters, router biases) of a model or layer; `nnx.merge` puts them together again."""
+    graph, *states = nnx.split(module, nnx.Param, RouterBias)
+    return graph, states[0], states[1]
 
 
 def cast_matrices(params: nnx.State, dtype: DTypeLike) -> nnx.State:

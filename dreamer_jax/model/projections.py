@@ -54,13 +54,15 @@ class Projections(nnx.Module):
         The shared weights stay: the score's gradient excludes them (Eq. 7). Their own gradient, the sum of the
         routed experts' gradients, comes from differentiating this sum.
         """
-        if self.w_qkv_shared is None:
+        if self.w_qkv_shared is None or self.w_o_shared is None:
             return
         for routed, shared in ((self.w_qkv, self.w_qkv_shared), (self.w_o, self.w_o_shared)):
             routed[...] = routed[...] + shared[...][None]
             shared[...] = lax.stop_gradient(shared[...])
 
-    def select(self, x: Float[Array, "tokens D"], l: Int[Array, ""], counted: Bool[Array, "tokens"]) -> Selection | None:
+    def select(
+        self, x: Float[Array, "tokens D"], l: Int[Array, ""], counted: Bool[Array, "tokens"]
+    ) -> Selection | None:
         """The top-1 expert of each token; None for dense projections."""
         if self.router is None:
             return None
@@ -77,9 +79,7 @@ class Projections(nnx.Module):
         q, k, v = jnp.split(fused, [self.heads.query, self.heads.query + self.heads.kv], axis=2)
         return q, k, v
 
-    def out(
-        self, o: Float[Array, "B T N H"], selection: Selection | None, backend: Backend
-    ) -> Float[Array, "B T D"]:
+    def out(self, o: Float[Array, "B T N H"], selection: Selection | None, backend: Backend) -> Float[Array, "B T D"]:
         """Aggregate the heads."""
         rows = o.reshape(o.shape[0] * o.shape[1], -1)
         y = _project(rows, self.w_o, self.w_o_shared, selection, backend)
@@ -89,7 +89,7 @@ class Projections(nnx.Module):
 def _project(
     x: Float[Array, "tokens I"], w: nnx.Param, shared: nnx.Param | None, selection: Selection | None, backend: Backend
 ) -> Float[Array, "tokens O"]:
-    """x @ W, or in an MoE score * x (W_e + W_shared) with Eq. 7's gradient; `w` holds the merged experts."""
+    """Compute x @ W, or in an MoE score * x (W_e + W_shared) with Eq. 7's gradient; `w` holds the merged experts."""
     if selection is None:
         return x @ w[...]
     routing, order = selection
@@ -106,7 +106,7 @@ def _scale(y: Float[Array, "tokens O"], score: Float[Array, "tokens"]) -> Float[
 def scale_by_score(
     y: Float[Array, "tokens O"], score: Float[Array, "tokens"], x: Float[Array, "tokens I"], shared: Float[Array, "I O"]
 ) -> Float[Array, "tokens O"]:
-    """score * y for y = x (W_e + W_shared), with the gradient of Eq. 7's literal form.
+    """Compute score * y for y = x (W_e + W_shared), with the gradient of Eq. 7's literal form.
 
     There the score multiplies x W_e and its stopped copy x W_shared: d score = dy . x W_e = dy . (y - x W_shared),
     which is the only use of x W_shared. Gradients for x and W_shared flow through y alone.

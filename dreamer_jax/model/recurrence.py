@@ -1,4 +1,4 @@
-"""The loop over depths, differentiable in memory linear in depth: one function for DR (shared) and LA (stacked weights).
+"""The loop over depths, differentiable in memory linear in depth; for DR (shared weights) and LA (stacked).
 
 Reverse mode through a plain `lax.scan` that carries the depth cache stores the whole cache at every depth: O(L^2)
 memory. Here the loop is differentiated as one unit. The forward pass keeps each depth's residuals and the *final*
@@ -21,7 +21,15 @@ Body = Callable[[PyTree, PyTree, PyTree, jax.Array, PyTree, jax.Array], tuple[ja
 
 
 def depth_scan(
-    body: Body, shared: PyTree, stacked: PyTree, constants: PyTree, x: jax.Array, entry: PyTree, *, depth: int, remat: Remat
+    body: Body,
+    shared: PyTree,
+    stacked: PyTree,
+    constants: PyTree,
+    x: jax.Array,
+    entry: PyTree,
+    *,
+    depth: int,
+    remat: Remat,
 ) -> tuple[jax.Array, PyTree]:
     """Apply `body` at depths 0 .. depth-1 and return (x of the last depth, aux stacked over depths).
 
@@ -37,7 +45,7 @@ def depth_scan(
 
     No gradient flows through aux.
     """
-    run = _remat(body, remat)
+    run: Callable[..., Any] = _remat(body, remat)
     empty = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
     indices = jnp.arange(depth)
 

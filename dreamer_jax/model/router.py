@@ -79,8 +79,10 @@ def score_entropy(logits: Float[Array, "tokens E"]) -> Float[Array, "tokens"]:
     return jnp.log(total) - jnp.sum(scores * jax.nn.log_sigmoid(logits), axis=-1) / total
 
 
-def balanced_bias(bias: Float[Array, "*stack E"], counts: Int[Array, "*stack E"], rate: float) -> Float[Array, "*stack E"]:
-    """b + rate * sign(median(N) - N) (Eq. 3); the median of an even count is the mean of the two middle ones.
+def balanced_bias(
+    bias: Float[Array, "*stack E"], counts: Int[Array, "*stack E"], rate: float
+) -> Float[Array, "*stack E"]:
+    """Move b by rate * sign(median(N) - N) (Eq. 3); the median of an even count is the mean of the two middle ones.
 
     `counts` are N over everything that shares the bias: depths, microbatches and devices, summed before the sign.
     """

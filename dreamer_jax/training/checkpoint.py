@@ -1,8 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, self-contained, and strict about what they restore.
 
-    <run>/config.json            the resolved config
-    <run>/tokenizer/             the tokenizer's file
-    <run>/checkpoints/<step>/    Orbax: model (parameters, router biases), training (optimizer, counters), meta (config)
+<run>/config.json            the resolved config
+<run>/tokenizer/             the tokenizer's file
+<run>/checkpoints/<step>/    Orbax: model (parameters, router biases), training (optimizer, counters), meta (config)
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from dreamer_jax import sharding
 from dreamer_jax.config import CheckpointConfig, Config, from_dict, to_json
 from dreamer_jax.model.dreamer import Dreamer
-from dreamer_jax.model.parameters import RouterBias
+from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.training.optimizer import adamw
 from dreamer_jax.training.step import TrainState
 
@@ -52,9 +52,10 @@ class Checkpoints:
             preservation_policy=managers.LatestN(policy.keep) if policy else None,
             cleanup_tmp_directories=policy is not None,
             create=policy is not None,
-            read_only=policy is None,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("model", "training")}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,7 +97,9 @@ class Checkpoints:
             CheckpointError: a missing, extra or misshapen array, named.
         """
         model, training = _split(state)
-        return _joined(state, self._restore_leaves("model", model, step) | self._restore_leaves("training", training, step))
+        return _joined(
+            state, self._restore_leaves("model", model, step) | self._restore_leaves("training", training, step)
+        )
 
     def restore_model(self, leaves: Leaves, step: int) -> Leaves:
         """Parameters and router biases alone."""
@@ -132,7 +135,7 @@ def _leaves(tree: Any) -> Leaves:
     def name(path: tuple[Any, ...]) -> str:
         return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
-    return {name(path).rstrip("."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name(path).removesuffix(".value"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _split(state: TrainState) -> tuple[Leaves, Leaves]:
@@ -144,7 +147,7 @@ def _split(state: TrainState) -> tuple[Leaves, Leaves]:
 
 def _joined(like: TrainState, leaves: Leaves) -> TrainState:
     structure = jax.tree.structure(like)
-    return jax.tree.unflatten(structure, [leaves[name] for name in _leaves(like._asdict())])
+    return jax.tree.unflatten(structure, [leaves[name] for name in _leaves(like)])
 
 
 def write_run_files(run_dir: Path, config: Config, tokenizer_path: Path) -> None:
@@ -187,16 +190,16 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
         step = checkpoints.latest if step is None else step
         if step is None or step not in checkpoints.steps:
             found = ", ".join(map(str, checkpoints.steps)) or "none"
-            raise CheckpointError(f"'{directory}' has no whole checkpoint{'' if step is None else f' {step}'} (found: {found})")
+            raise CheckpointError(
+                f"'{directory}' has no whole checkpoint{'' if step is None else f' {step}'} (found: {found})"
+            )
         config = checkpoints.config(step)
         model = _restored_model(checkpoints, config, step)
     return Loaded(config, model, tokenizers[0], step)
 
 
 def _restored_model(checkpoints: Checkpoints, config: Config, step: int) -> Dreamer:
-    graph, params, biases = nnx.split(
-        nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))), nnx.Param, RouterBias
-    )
+    graph, params, biases = taken_apart(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
     place = sharding.replicated(Mesh(jax.devices()[:1], ("data",)))
     like = {"params": params, "biases": biases}
     target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for n, a in _leaves(like).items()}
@@ -211,7 +214,7 @@ def save_model(run_dir: Path, config: Config, model: Dreamer, tokenizer_path: Pa
     Raises:
         CheckpointError: the folder has checkpoints already.
     """
-    _, params, biases = nnx.split(model, nnx.Param, RouterBias)
+    _, params, biases = taken_apart(model)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, biases, adamw(config.optimizer).init(params), zero, zero)
     with Checkpoints(run_dir, config.checkpoint) as checkpoints:

@@ -218,7 +218,7 @@ class _Reporter:
             loss_tokens=int(result.loss_tokens),
             tokens=int(figures.tokens),
             skipped=int(result.skipped),
-            square=figures.square,
+            square=np.asarray(figures.square),
             routers={kind: (np.asarray(r.counts), np.asarray(r.entropy)) for kind, r in figures.routers.items()},
             biases={str(path[1]): np.asarray(bias[...]) for path, bias in nnx.to_flat_state(biases)},
             shared=self.config.model.depth_recurrent,

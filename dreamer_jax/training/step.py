@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import Config
 from dreamer_jax.model.dreamer import Compute, Dreamer, Figures
-from dreamer_jax.model.parameters import RouterBias
+from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.sharding import AXES, replicated
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import adamw, learning_rate, rebalanced
@@ -57,14 +57,21 @@ def init_state(config: Config, mesh: Mesh) -> tuple[Any, TrainState]:
     """(graph definition of the model, state before the first step), a pure function of `train.seed`."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=_init_options(mesh))
     def init() -> TrainState:
         model = Dreamer(config.model, nnx.Rngs(config.train.seed))
-        _, params, biases = nnx.split(model, nnx.Param, RouterBias)
+        _, params, biases = taken_apart(model)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, biases, adamw(config.optimizer).init(params), zero, zero)
 
     return graph, init()
+
+
+def _init_options(mesh: Mesh) -> dict[str, Any] | None:
+    """On CPUs, optimising the random generator's code for every shape takes longer than it saves."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def make_train_step(

@@ -41,6 +41,7 @@ def test_a_model_survives_the_way_through_the_file(merged, tmp_path):
     config, loaded, merged = convert.load_safetensors(tmp_path)
     rebuilt = convert.named_arrays(convert.build(config, loaded, merged=merged))
     for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array, err_msg=name)
         np.testing.assert_array_equal(rebuilt[name], array, err_msg=name)
 
 

@@ -18,7 +18,9 @@ from tests.model.test_dreamer import MIXTURES, SMALL, VARIANTS, config_of, relat
 # Without DA there is nothing between SA and the residual stream: Eq. 4 and 5 are then the same.
 CASES = [(v, m) for v in VARIANTS for m in MIXTURES if "DA" in v or m != "sequential"]
 PROMPTS = [[5, 17, 3, 41, 8], [60], [11, 2, 9, 33, 27, 50, 19, 4]]
+LONGER = [[7, 40] * 10, [1]]
 STEPS = 6
+DRAWN = Sampling(temperature=1.5, top_p=0.95)
 
 
 def weights_of(config, seed=1):
@@ -79,23 +81,21 @@ def test_greedy_decoding_equals_the_oracles(model, decoder):
     assert [len(answer) for answer in answers] == [STEPS] * 3
 
 
-def test_an_answer_does_not_depend_on_the_other_prompts_of_the_batch(decoder):
-    sampling = Sampling(temperature=1.5, top_p=0.95)
-    alone = engine.complete(decoder, PROMPTS[:1], sampling, max_tokens=12, seed=3)
-    together = engine.complete(decoder, PROMPTS, sampling, max_tokens=12, seed=3)
-    padded_more = engine.complete(decoder, [PROMPTS[0], [7] * 20, [1]], sampling, max_tokens=12, seed=3)
-    assert alone[0] == together[0] == padded_more[0]
-    assert engine.complete(decoder, PROMPTS, sampling, max_tokens=12, seed=4)[0] != alone[0]
+def test_an_answer_does_not_depend_on_the_other_prompts_of_the_batch_or_on_padding(decoder):
+    alone = engine.complete(decoder, PROMPTS[:1], DRAWN, max_tokens=12, seed=3)
+    together = engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=12, seed=3)
+    assert alone[0] == together[0]
+    assert engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=12, seed=4)[0] != alone[0]
 
 
 def test_equal_prompts_in_one_batch_are_answered_differently_when_sampling(decoder):
-    answers = engine.complete(decoder, [PROMPTS[2]] * 3, Sampling(temperature=1.5, top_p=0.95), max_tokens=12)
+    answers = engine.complete(decoder, LONGER[:1] * 3, DRAWN, max_tokens=12)
     assert len({tuple(answer) for answer in answers}) == 3
 
 
 def test_merged_and_original_weights_decode_the_same(model, decoder):
-    merged = convert.merged_model(model)
-    assert merged.layer.sa.projections.w_qkv_shared is None
+    weights = oracle.merge(weights_of(model.config), sizes_of(model.config))
+    merged = convert.build(model.config, weights, merged=True)
     answers = engine.generate(merged, Compute(), PROMPTS, max_tokens=STEPS)
     assert answers == engine.complete(decoder, PROMPTS, Sampling(), max_tokens=STEPS)
 
@@ -108,12 +108,12 @@ def test_decoding_compiles_once_for_all_tokens_and_for_prompts_of_similar_length
             compilations.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    engine.complete(decoder, PROMPTS, Sampling(), max_tokens=3)
+    engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=12)
     jax.jit(lambda x: x * 3.25)(1.0)
     assert compilations
     compilations.clear()
-    engine.complete(decoder, PROMPTS, Sampling(), max_tokens=8)
-    engine.complete(decoder, [[4] * 9, [3] * 2, [1]], Sampling(), max_tokens=6, seed=9)
+    engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=13)
+    engine.complete(decoder, [[4] * 18, [3] * 2, [1]], DRAWN, max_tokens=10, seed=9)
     assert compilations == []
 
 

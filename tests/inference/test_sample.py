@@ -51,7 +51,9 @@ def test_of_equally_likely_tokens_a_small_nucleus_keeps_one():
     assert (frequencies(np.full(4, 0.25, np.float32), Sampling(1.0, 0.2)) == [1, 0, 0, 0]).all()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.0, 0.5), Sampling(1e-44), Sampling(1e-4), Sampling(1.0, 1e-6)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(0.0, 0.5), Sampling(1e-44), Sampling(1e-4), Sampling(1.0, 1e-6)]
+)
 def test_zero_temperature_and_its_limits_take_the_likeliest(sampling):
     assert frequencies(P, sampling, draws=50)[1] == 1
 

@@ -17,7 +17,11 @@ SMALL = ModelConfig(
 )  # fmt: skip
 VARIANTS = {"LA": (False, False), "LA+DA": (False, True), "DR": (True, False), "DR+DA": (True, True)}
 MIXTURES = ("sequential", "attention_parallel", "parallel")
-CASES = [(v, "attention_parallel") for v in VARIANTS] + [("DR+DA", "sequential"), ("LA+DA", "parallel"), ("DR+DA", "parallel")]
+CASES = [(v, "attention_parallel") for v in VARIANTS] + [
+    ("DR+DA", "sequential"),
+    ("LA+DA", "parallel"),
+    ("DR+DA", "parallel"),
+]
 
 
 def config_of(variant: str, mixture: str, base: ModelConfig = SMALL) -> ModelConfig:

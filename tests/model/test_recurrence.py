@@ -33,7 +33,7 @@ def body(shared, own, constants, x, cache, l):
 def unrolled(shared, stacked, constants, x, depth):
     cache = tuple(jnp.zeros((depth, B, T, H)) for _ in range(2))
     for l in range(depth):
-        own = jax.tree.map(lambda a: a[l], stacked)
+        own = jax.tree.map(lambda a, l=l: a[l], stacked)
         x, entry, _ = body(shared, own, constants, x, cache, jnp.asarray(l))
         cache = tuple(c.at[l].set(e) for c, e in zip(cache, entry, strict=True))
     return x

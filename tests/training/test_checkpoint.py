@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dreamer_jax import convert
-from dreamer_jax.config import ConfigError, MeshConfig
+from dreamer_jax.config import ConfigError, MeshConfig, to_json
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
@@ -88,8 +88,8 @@ def launch(config, tmp_path):
     """The train door in a process of its own."""
     script = tmp_path / "config.py"
     script.write_text(
-        "from dreamer_jax.config import *\n"
-        f"import json\ndef get_config(): return from_dict(Config, json.loads({json.dumps(dataclasses.asdict(config))!r}))\n"
+        "import json\nfrom dreamer_jax.config import Config, from_json\n"
+        f"def get_config() -> Config:\n    return from_json({to_json(config)!r})\n"
     )
     command = [sys.executable, "-u", "-m", "dreamer_jax.train", "--config", str(script)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
@@ -108,7 +108,8 @@ def wait_for_checkpoint(process, run_dir, after):
 def test_a_killed_and_a_terminated_run_resume_to_the_same_end(folder, tmp_path):
     def long_run(name):
         return dataclasses.replace(
-            named(toy_config(folder, steps=150), name), checkpoint=dataclasses.replace(toy_config(folder).checkpoint, every=1)
+            named(toy_config(folder, steps=150), name),
+            checkpoint=dataclasses.replace(toy_config(folder).checkpoint, every=1),
         )
 
     killed, straight = long_run("killed"), long_run("straight")
@@ -149,11 +150,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted)
     with pytest.raises(ConfigError, match=r"model\.expert_width.*--name"):
         train(wider)
     _, like = init_state(wider, make_mesh(MeshConfig()))
-    with Checkpoints(config.run_dir) as checkpoints, pytest.raises(CheckpointError, match=r"misshapen: params\.layer\.ea\.w_down"):
+    with (
+        Checkpoints(config.run_dir) as checkpoints,
+        pytest.raises(CheckpointError, match=r"misshapen: params\.layer\.ea\.w_down"),
+    ):
         checkpoints.restore(like, checkpoints.latest)
     without_da = with_model(config, depth_attention=False)
     _, like = init_state(without_da, make_mesh(MeshConfig()))
-    with Checkpoints(config.run_dir) as checkpoints, pytest.raises(CheckpointError, match=r"not in this model: params\.layer\.da"):
+    with (
+        Checkpoints(config.run_dir) as checkpoints,
+        pytest.raises(CheckpointError, match=r"not in this model: params\.layer\.da"),
+    ):
         checkpoints.restore(like, checkpoints.latest)
 
 

@@ -146,7 +146,9 @@ def test_evaluation_gives_the_training_loss(folder):
     config = config_of("DR+DA", folder)
     mesh = make_mesh(MeshConfig())
     graph, state = init_state(config, mesh)
-    total, count = make_evaluation(config, Compute.of(config), mesh, graph)(state.params, state.biases, batch_of(config))
+    total, count = make_evaluation(config, Compute.of(config), mesh, graph)(
+        state.params, state.biases, batch_of(config)
+    )
     _, expected = reference("DR+DA", folder)
     np.testing.assert_allclose(total / count, expected[0].loss, rtol=2e-6)
 
@@ -192,7 +194,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_mend():
 
 
 def test_a_mesh_of_the_wrong_size_is_refused():
-    with pytest.raises(ConfigError, match="mesh.data = 3 does not use the 8 devices"):
+    with pytest.raises(ConfigError, match=r"mesh\.data = 3 does not use the 8 devices"):
         make_mesh(dataclasses.replace(MeshConfig(), data=3))
 
 

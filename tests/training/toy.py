@@ -18,7 +18,11 @@ def toy_config(folder: Path, **train) -> Config:
     train_file, validation_file = folder / "train.jsonl", folder / "validation.jsonl"
     if not train_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [json.dumps({"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}"}) for a in range(30) for b in range(20)]
+        rows = [
+            json.dumps({"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}"})
+            for a in range(30)
+            for b in range(20)
+        ]
         train_file.write_text("\n".join(rows[:540]) + "\n")
         validation_file.write_text("\n".join(rows[540:]) + "\n")
     source = Source("sums", train=(train_file.name,), validation=(validation_file.name,))
