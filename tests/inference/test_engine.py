@@ -82,14 +82,14 @@ def test_greedy_decoding_equals_the_oracles(model, decoder):
 
 
 def test_an_answer_does_not_depend_on_the_other_prompts_of_the_batch_or_on_padding(decoder):
-    alone = engine.complete(decoder, PROMPTS[:1], DRAWN, max_tokens=12, seed=3)
-    together = engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=12, seed=3)
+    alone = engine.complete(decoder, PROMPTS[:1], DRAWN, max_tokens=20, seed=3)
+    together = engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=20, seed=3)
     assert alone[0] == together[0]
-    assert engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=12, seed=4)[0] != alone[0]
+    assert engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=20, seed=4)[0] != alone[0]
 
 
 def test_equal_prompts_in_one_batch_are_answered_differently_when_sampling(decoder):
-    answers = engine.complete(decoder, LONGER[:1] * 3, DRAWN, max_tokens=12)
+    answers = engine.complete(decoder, LONGER[:1] * 3, DRAWN, max_tokens=20)
     assert len({tuple(answer) for answer in answers}) == 3
 
 
@@ -108,12 +108,12 @@ def test_decoding_compiles_once_for_all_tokens_and_for_prompts_of_similar_length
             compilations.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=12)
+    engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=20)
     jax.jit(lambda x: x * 3.25)(1.0)
     assert compilations
     compilations.clear()
-    engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=13)
-    engine.complete(decoder, [[4] * 18, [3] * 2, [1]], DRAWN, max_tokens=10, seed=9)
+    engine.complete(decoder, [PROMPTS[0], *LONGER], DRAWN, max_tokens=22)
+    engine.complete(decoder, [[4] * 18, [3] * 2, [1]], DRAWN, max_tokens=25, seed=9)
     assert compilations == []
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dreamer_jax import convert
-from dreamer_jax.config import ConfigError, MeshConfig, to_json
+from dreamer_jax.config import CheckpointConfig, ConfigError, MeshConfig, to_json
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
@@ -106,20 +106,16 @@ def wait_for_checkpoint(process, run_dir, after):
 
 
 def test_a_killed_and_a_terminated_run_resume_to_the_same_end(folder, tmp_path):
-    def long_run(name):
-        return dataclasses.replace(
-            named(toy_config(folder, steps=150), name),
-            checkpoint=dataclasses.replace(toy_config(folder).checkpoint, every=1),
-        )
-
-    killed, straight = long_run("killed"), long_run("straight")
+    config = toy_config(folder, steps=30)
+    straight = named(config, "straight")
+    killed = dataclasses.replace(config, name="killed", checkpoint=CheckpointConfig(every=1, keep=2))
     process = launch(killed, tmp_path)
     wait_for_checkpoint(process, killed.run_dir, after=2)
     process.kill()
     process.communicate()
 
     process = launch(killed, tmp_path)
-    wait_for_checkpoint(process, killed.run_dir, after=20)
+    wait_for_checkpoint(process, killed.run_dir, after=8)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
