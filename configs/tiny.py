@@ -52,7 +52,7 @@ def get_config() -> Config:
             ),
             context=512,
         ),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, gradient_clip=1.0),
-        train=TrainConfig(steps=300, batch=8, dtype="float32", remat="none", validate_every=100),
-        checkpoint=CheckpointConfig(every=100),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, gradient_clip=1.0),
+        train=TrainConfig(steps=240, batch=4, dtype="float32", remat="none", validate_every=80),
+        checkpoint=CheckpointConfig(every=80),
     )

@@ -78,6 +78,15 @@ def test_neither_the_end_token_nor_the_space_before_an_answer_is_shown(run, caps
     assert answers.report().startswith(f"{2 * len(tokenizer.encode(' 7')) + 1} tokens, ")
 
 
+def test_text_held_back_for_a_stop_string_is_shown_when_the_answer_ends_without_it(run, capsys):
+    tokenizer = load_tokenizer(load_model(run).tokenizer_path)
+    answers = generate.Answers(tokenizer, ("a",), ("7 €",))
+    assert not any(answers.add(0, token) for token in tokenizer.encode("7"))
+    assert capsys.readouterr().out == ""
+    answers.finish()
+    assert capsys.readouterr().out == "7\n"
+
+
 def test_a_prompt_beyond_the_trained_context_is_warned_of(run, capsys):
     generate._warn_of_length(65, 1, 64)
     generate._warn_of_length(60, 4, 64)
