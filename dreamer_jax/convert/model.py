@@ -83,7 +83,7 @@ def inspect(
         model = nnx.merge(graph, params, biases)
         hidden, figures, capture = model(tokens, positions, segment_ids, compute, capture=True)
         total = cross_entropy_sum(hidden, model.lm_head[...].astype(compute.dtype), targets, weights)
-        return total / jnp.sum(weights), (hidden, figures, capture)
+        return total / jnp.maximum(jnp.sum(weights), 1.0), (hidden, figures, capture)
 
     (value, (hidden, figures, capture)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     updated = rebalanced(biases, figures.routers, model.config, optimizer or OptimizerConfig())

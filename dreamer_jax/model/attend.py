@@ -12,6 +12,7 @@ from typing import Literal, assert_never
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -106,7 +107,8 @@ def _attend_rows(q, k, v, segments):
 
 
 def _attend_rows_forward(q, k, v, segments):
-    out, lse = lax.map(lambda row: _row_forward(*row), (q, k, v, segments))
+    # What selective remat keeps (recurrence.py): with it, the backward pass does not attend a second time.
+    out, lse = checkpoint_name(lax.map(lambda row: _row_forward(*row), (q, k, v, segments)), "attention")
     return out, (q, k, v, segments, out, lse)
 
 
@@ -278,7 +280,9 @@ def _splash_kernel(T, group, interpret):
     b = max(size for size in (128, 256, 512) if T % size == 0)
     sizes = splash.BlockSizes(b, b, b, b, b, b, block_q_dq=b, block_kv_dq=b)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * group)
-    return splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return splash.make_splash_mqa_single_device(
+        mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="attention"
+    )
 
 
 # ---- depth attention

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dreamer_jax import convert
 from dreamer_jax.config import ModelConfig
+from dreamer_jax.model.dreamer import Compute, Dreamer
+from dreamer_jax.model.parameters import taken_apart
 from tests import oracle
 
 SMALL = ModelConfig(
@@ -110,3 +113,29 @@ def test_biases_after_one_update_equal_the_oracles(compared):
     assert set(actual.biases) == set(biases)
     for name, bias in biases.items():
         np.testing.assert_allclose(actual.biases[name], bias, rtol=0, atol=1e-7, err_msg=name)
+
+
+def gradient_program(remat: str) -> str:
+    """StableHLO of the gradient of DR+DA's head input."""
+    config = config_of("DR+DA", "attention_parallel")
+    graph, params, biases = taken_apart(Dreamer(config, nnx.Rngs(0)))
+    batch = [jnp.asarray(a) for a in packed_batch(config.vocab)]
+
+    def total(params):
+        hidden, _, _ = nnx.merge(graph, params, biases)(*batch, Compute(remat=remat))
+        return jnp.sum(hidden**2)
+
+    return jax.jit(jax.grad(total)).lower(params).as_text()
+
+
+def test_no_remat_policy_routes_or_sorts_a_second_time():
+    once = gradient_program("none")
+    for remat in ("full", "selective"):
+        text = gradient_program(remat)
+        for operation in ("top_k", "stablehlo.sort"):
+            assert text.count(operation) == once.count(operation) > 0, (remat, operation)
+
+
+def test_selective_remat_does_not_attend_a_second_time():
+    products = {remat: gradient_program(remat).count("stablehlo.dot_general") for remat in ("none", "selective", "full")}
+    assert products["none"] < products["selective"] < products["full"]
