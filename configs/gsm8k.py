@@ -7,18 +7,27 @@
 The data root holds gsm8k/{train,test}.jsonl (fields question, answer) and math/{train,math500}.jsonl (fields problem,
 solution). Validation is GSM8K's test set and MATH-500, less what also occurs in training.
 
-Hardware: one GPU.
-Expected result: see README.
+Hardware: a laptop's CPU; on an accelerator, give it more: --model.width 512 --model.depth 12 --train.dtype bfloat16.
+Expected result: 2.4 million parameters; see README for the held-out loss of the first 400 steps.
 """
 
-from dreamer_jax.config import Config, DataConfig, ModelConfig, Source, TrainConfig
+from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Source, TrainConfig
 
 
 def get_config() -> Config:
     """What differs from the defaults."""
     return Config(
         name="gsm8k",
-        model=ModelConfig(depth=12, width=512, vocab=4096),
+        model=ModelConfig(
+            depth=4,
+            width=128,
+            vocab=2048,
+            head_size=32,
+            da_head_size=32,
+            router_size=32,
+            experts=64,
+            expert_width=64,
+        ),
         data=DataConfig(
             root="$DREAMER_DATA",
             sources=(
@@ -32,7 +41,9 @@ def get_config() -> Config:
                     response_field="solution",
                 ),
             ),
-            context=1024,
+            context=512,
         ),
-        train=TrainConfig(steps=2000, batch=32),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, gradient_clip=1.0),
+        train=TrainConfig(steps=400, batch=4, dtype="float32", remat="none", validate_every=50),
+        checkpoint=CheckpointConfig(every=100),
     )

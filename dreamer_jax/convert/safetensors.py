@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ def save_safetensors(
     (directory / CONFIG).unlink(missing_ok=True)
     # The writer reads memory as it lies, so the arrays must be contiguous.
     on_host = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    draft = directory / f"{WEIGHTS}.tmp"
-    save_file(on_host, draft)
-    draft.replace(directory / WEIGHTS)
-    fields = {"model": dataclasses.asdict(config), "merged": merged, "dtype": "float32"}
-    draft = directory / f"{CONFIG}.tmp"
-    draft.write_text(json.dumps(fields, indent=2) + "\n")
-    draft.replace(directory / CONFIG)
+    weights, fields = directory / f"{WEIGHTS}.tmp", directory / f"{CONFIG}.tmp"
+    fields.write_text(
+        json.dumps({"model": dataclasses.asdict(config), "merged": merged, "dtype": "float32"}, indent=2) + "\n"
+    )
+    save_file(on_host, weights)
+    shutil.copymode(fields, weights)  # the library's files are readable by their owner alone
+    weights.replace(directory / WEIGHTS)
+    fields.replace(directory / CONFIG)
 
 
 def load_safetensors(directory: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray], bool]:

@@ -27,6 +27,7 @@ def test_what_was_saved_is_loaded(variant, merged, tmp_path):
     convert.save_safetensors(tmp_path / "export", config, arrays, merged)
     loaded_config, loaded, loaded_merged = convert.load_safetensors(tmp_path / "export")
     assert (loaded_config, loaded_merged) == (config, merged)
+    assert len({path.stat().st_mode for path in (tmp_path / "export").iterdir()}) == 1
     assert loaded.keys() == arrays.keys() == oracle.names_and_shapes(sizes_of(config), merged).keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(loaded[name], array, err_msg=name)
