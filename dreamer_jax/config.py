@@ -280,6 +280,10 @@ class LogConfig:
     sample_prompt: str = ""
     """Prompt answered at the end of training; empty for the first held-out prompt."""
 
+    def __post_init__(self) -> None:
+        """Check what no single key shows."""
+        _require(self.every >= 1, f"log.every = {self.every}: must be at least 1")
+
 
 @dataclass(frozen=True)
 class Config:

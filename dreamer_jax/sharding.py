@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamer_jax.config import ConfigError, MeshConfig
@@ -16,20 +15,8 @@ from dreamer_jax.config import ConfigError, MeshConfig
 AXES = ("data",)
 """Mesh axes. data: copies of the model, each with its rows of the batch."""
 
-RULES: Mapping[str, str | None] = {
-    "batch": "data",
-    "depth": None,
-    "vocab": None,
-    "embed": None,
-    "heads": None,
-    "mlp": None,
-    "expert": None,
-    "attention_expert": None,
-    "router": None,
-    "router_expert": None,
-    "norm": None,
-}
-"""Logical axis of an array -> mesh axis that splits it, or None: every device has all of it."""
+RULES: Mapping[str, str | None] = {"batch": "data"}
+"""Logical axis of an array -> mesh axis that splits it. What has no row is whole on every device; parameters are."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,21 +36,13 @@ def spec_of(axes: Sequence[str]) -> PartitionSpec:
     """The partition of an array with these logical axes.
 
     Raises:
-        ConfigError: an axis that the table lacks, or two that it maps to one mesh axis.
+        ConfigError: the table maps two of them to one mesh axis.
     """
-    unknown = [axis for axis in axes if axis not in RULES]
-    if unknown:
-        raise ConfigError(f"logical axes {unknown} are not in sharding.RULES")
-    mapped = [RULES[axis] for axis in axes]
+    mapped = [RULES.get(axis) for axis in axes]
     used = [axis for axis in mapped if axis]
     if len(set(used)) < len(used):
         raise ConfigError(f"logical axes {tuple(axes)} map to {tuple(mapped)}: a mesh axis can split only one of them")
     return PartitionSpec(*mapped)
-
-
-def state_specs(state: nnx.State) -> nnx.State:
-    """The partition of every variable of a state, by its `axes`."""
-    return jax.tree.map(lambda v: v.replace(spec_of(v.axes)), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

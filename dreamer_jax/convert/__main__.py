@@ -19,6 +19,7 @@ from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, 
 from dreamer_jax.data.tokenizer import load_tokenizer
 from dreamer_jax.training.checkpoint import load_model, save_model
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 RUN_CONFIG = "run.json"
 """The resolved config of the run that an export came from."""
 
@@ -65,12 +66,17 @@ def run(arguments: Arguments) -> int:
 
 def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     """Write a checkpoint's weights by their exchange names, with all that a reader needs."""
+    if (out / "checkpoints").is_dir():
+        raise ConfigError(f"'{out}' is a run folder; choose another --out")
     loaded = load_model(checkpoint)
     model = merged_model(loaded.model) if merged else loaded.model
     arrays = named_arrays(model)
-    save_safetensors(out, loaded.config.model, arrays, is_merged(model))
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", *TOKENIZERS):  # of an export that was here before
+        (out / name).unlink(missing_ok=True)
     load_tokenizer(loaded.tokenizer_path).save(out)
     (out / RUN_CONFIG).write_text(to_json(loaded.config))
+    save_safetensors(out, loaded.config.model, arrays, is_merged(model))  # last: what has a config.json is whole
     form = "merged" if is_merged(model) else "original"
     count = sum(array.size for array in arrays.values())
     print(f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers), config, tokenizer")
@@ -94,7 +100,7 @@ def restore(source: Path, out: Path) -> int:
 
 def tokenizer_file(source: Path) -> Path:
     """The tokenizer of an export."""
-    found = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).is_file()]
+    found = [source / name for name in TOKENIZERS if (source / name).is_file()]
     if not found:
         raise WeightError(f"'{source}' has neither tokenizer.model nor tokenizer.json: put the model's tokenizer there")
     return found[0]

@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
@@ -23,10 +24,11 @@ AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
 BLOCK = 64
 
 
-def default_backend(platform: str) -> AttentionBackend:
-    """The fastest backend that needs no extra package on a JAX platform ("cpu", "gpu" or "tpu")."""
-    backends: dict[str, AttentionBackend] = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
-    return backends.get(platform, "blocks")
+def default_backend(platform: str, dtype: DTypeLike) -> AttentionBackend:
+    """The backend for a JAX platform ("cpu", "gpu" or "tpu") and compute type; NVIDIA's kernels want 16 bits."""
+    if platform == "tpu":
+        return "splash"
+    return "tokamax" if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2 else "blocks"
 
 
 def attend_sequence(

@@ -38,7 +38,9 @@ class Compute:
         return Compute(
             dtype=jnp.dtype(config.train.dtype),
             remat=config.train.remat,
-            attention=attend.default_backend(platform) if kernels.attention == "auto" else kernels.attention,
+            attention=attend.default_backend(platform, config.train.dtype)
+            if kernels.attention == "auto"
+            else kernels.attention,
             matmul=grouped_matmul.default_backend(platform)
             if kernels.grouped_matmul == "auto"
             else kernels.grouped_matmul,
@@ -127,7 +129,7 @@ class Dreamer(nnx.Module):
 def depth_weights(model: Dreamer, compute: Compute) -> tuple[Any, dict[str, Any], dict[str, Any], nnx.State]:
     """The layer taken apart for the depth loop: (graph, weights shared by depths, stacked weights, router biases).
 
-    Done once per step, outside the loop: Eq. 8's merge, the kernels' padding, the cast to the compute dtype. The
+    Once per forward pass, outside the loop: Eq. 8's merge, the kernels' padding, the cast to the compute dtype. The
     residual norm of DR belongs to every depth, so it travels with the shared weights.
     """
     layer = nnx.clone(model.layer)

@@ -49,7 +49,7 @@ class Projections(nnx.Module):
         self.w_o_shared = matrix(rngs, stack, (out, config.width), ("heads", "embed"), std_out) if shared else None
 
     def merge_shared(self) -> None:
-        """Add the shared experts to the routed ones (Eq. 8), in place; done once per step, outside the depth loop.
+        """Add the shared experts to the routed ones (Eq. 8), in place; once per forward pass, outside the depth loop.
 
         The shared weights stay: the score's gradient excludes them (Eq. 7). Their own gradient, the sum of the
         routed experts' gradients, comes from differentiating this sum.

@@ -161,6 +161,19 @@ def write_run_files(run_dir: Path, config: Config, tokenizer_path: Path) -> None
     draft.replace(run_dir / "config.json")
 
 
+def check_tokenizer(run_dir: Path, tokenizer_path: Path) -> None:
+    """A run goes on with the tokenizer that it began with.
+
+    Raises:
+        CheckpointError: the run folder holds another one.
+    """
+    kept = sorted((run_dir / "tokenizer").glob("*"))
+    if kept and kept[0].read_bytes() != tokenizer_path.read_bytes():
+        raise CheckpointError(
+            f"{run_dir} was trained with another tokenizer; give --data.tokenizer {kept[0]}, or the run another --name"
+        )
+
+
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted names of the keys in which two configs differ."""
     names: list[str] = []

@@ -17,7 +17,7 @@ from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
 from dreamer_jax.data.loader import batches
 from dreamer_jax.model.dreamer import Compute
 from dreamer_jax.training import metrics
-from dreamer_jax.training.checkpoint import Checkpoints, changed_keys, write_run_files
+from dreamer_jax.training.checkpoint import Checkpoints, changed_keys, check_tokenizer, write_run_files
 from dreamer_jax.training.metrics import Sinks
 from dreamer_jax.training.preemption import Preemption, preemption
 from dreamer_jax.training.step import StepResult, TrainState, init_state, make_evaluation, make_train_step
@@ -53,24 +53,27 @@ def train(config: Config) -> Summary:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, config.train.microbatches, mesh)
     prepared = prepare(config, process_index=jax.process_index())
-    write_run_files(config.run_dir, config, prepared.tokenizer)
     graph, state = init_state(config, mesh)
     with Checkpoints(config.run_dir, config.checkpoint) as checkpoints, preemption() as asked:
-        state, start = _resumed(config, checkpoints, state)
+        state, start = _resumed(config, checkpoints, state, prepared)
+        if jax.process_index() == 0:
+            write_run_files(config.run_dir, config, prepared.tokenizer)
         with Sinks(config, step=start, process=jax.process_index()) as sinks:
             run = _Run(config, mesh, graph, prepared, checkpoints, sinks, asked)
             state, step = run.steps(state, start)
             checkpoints.save(config, state, step)
             checkpoints.wait()
             stopped_by = asked.signal_name if step < config.train.steps else None
-            # A run that had ended before has its record of this step already.
-            validation = None if stopped_by else run.validate(state, step, record=step > start)
-    model = nnx.merge(graph, state.params, state.biases)
+            recorded = metrics.has_record(config.run_dir / "metrics.jsonl", step, "validation/loss")
+            validation = None if stopped_by else run.validate(state, step, record=not recorded)
+    # One device: kernels do not run on arrays spread over several outside of shard_map.
+    params, biases = jax.device_put((state.params, state.biases), jax.local_devices()[0])
+    model = nnx.merge(graph, params, biases)
     entropy = unigram_entropy(prepared)
     return Summary(config, step, stopped_by, run.last_loss, validation, entropy, model, prepared)
 
 
-def _resumed(config: Config, checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
+def _resumed(config: Config, checkpoints: Checkpoints, state: TrainState, prepared: Prepared) -> tuple[TrainState, int]:
     """The state to start from and the steps that it has behind it."""
     step = checkpoints.latest
     if step is None:
@@ -81,6 +84,7 @@ def _resumed(config: Config, checkpoints: Checkpoints, state: TrainState) -> tup
             f"{config.run_dir} holds checkpoints of another model (differs in {', '.join(changed)}); "
             f"give the run another --name, or delete the folder"
         )
+    check_tokenizer(config.run_dir, prepared.tokenizer)
     note = f"; changed since it was written: {', '.join(changed)}" if changed else ""
     print(f"resuming from step {step} of {checkpoints.directory}{note}", flush=True)
     return checkpoints.restore(state, step), step
@@ -120,13 +124,13 @@ class _Run:
                 self.read(*pending)
             pending = (step, result, biases)
             if self._saves(step) or self._validates(step):
-                # A checkpoint comes after its own step's record, so that a resumed run's records have no gap.
+                # A checkpoint comes after its own step's records, so that a resumed run's records have no gap.
                 self.read(*pending)
                 pending = None
-            if self._saves(step):
-                self.checkpoints.save(self.config, state, step)
             if self._validates(step):
                 self.validate(state, step)
+            if self._saves(step):
+                self.checkpoints.save(self.config, state, step)
             if step == self.config.train.steps or self.asked.signal_name:
                 break
         if pending:

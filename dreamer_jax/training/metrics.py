@@ -389,6 +389,12 @@ def _null_unless_finite(value: float | list[float]) -> Any:
     return value if math.isfinite(value) else None
 
 
+def has_record(path: Path, step: int, name: str) -> bool:
+    """Whether a metrics file has this figure of this step."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return any(name in line and _step_of(line) == step for line in lines)
+
+
 def _step_of(line: str) -> float:
     """The step of a line of metrics; infinite if it cannot be read."""
     try:

@@ -131,10 +131,14 @@ def _gradients(
         (loss, figures), part_grads = jax.value_and_grad(objective, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, grads, part_grads), (loss, figures)
 
-    parts = jax.tree.map(lambda a: a.reshape(config.train.microbatches, -1, *a.shape[1:]), inputs)
+    parts = _microbatches(inputs, config)
     grads, (losses, figures) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), parts)
     losses, figures = jax.tree.map(lambda a: jnp.sum(a, axis=0), (losses, figures))
     return *lax.psum((grads, losses), AXES), loss_tokens, lax.psum(figures, AXES)
+
+
+def _microbatches(batch: Batch, config: Config) -> Batch:
+    return jax.tree.map(lambda a: a.reshape(config.train.microbatches, -1, *a.shape[1:]), batch)
 
 
 def loss_sum(
@@ -156,8 +160,9 @@ def make_evaluation(
         mask = batch["response_mask"] if config.data.response_only else None
         targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"], mask)
         params, biases = lax.pcast((params, biases), AXES, to="varying")
-        total, _ = loss_sum(graph, params, biases, {**batch, "targets": targets, "weights": weights}, compute)
-        return lax.psum((total, jnp.sum(weights)), AXES)
+        parts = _microbatches({**batch, "targets": targets, "weights": weights}, config)
+        totals = lax.map(lambda part: loss_sum(graph, params, biases, part, compute)[0], parts)
+        return lax.psum((jnp.sum(totals), jnp.sum(weights)), AXES)
 
     specs = (P(), P(), P("data"))
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))

@@ -186,7 +186,8 @@ def test_blocks_take_memory_linear_in_the_sequence():
 
 
 def test_each_platform_has_a_backend():
-    assert [default_backend(platform) for platform in ("cpu", "gpu", "tpu")] == ["blocks", "cudnn", "splash"]
+    assert [default_backend(p, "bfloat16") for p in ("cpu", "gpu", "tpu")] == ["blocks", "tokamax", "splash"]
+    assert default_backend("gpu", "float32") == "blocks"
 
 
 def test_tokamax_missing_is_an_error_that_names_the_extra(monkeypatch):

@@ -137,5 +137,7 @@ def test_no_remat_policy_routes_or_sorts_a_second_time():
 
 
 def test_selective_remat_does_not_attend_a_second_time():
-    products = {remat: gradient_program(remat).count("stablehlo.dot_general") for remat in ("none", "selective", "full")}
+    products = {
+        remat: gradient_program(remat).count("stablehlo.dot_general") for remat in ("none", "selective", "full")
+    }
     assert products["none"] < products["selective"] < products["full"]

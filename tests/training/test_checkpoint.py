@@ -16,7 +16,7 @@ import pytest
 from dreamer_jax import convert
 from dreamer_jax.config import CheckpointConfig, ConfigError, MeshConfig, to_json
 from dreamer_jax.sharding import make_mesh
-from dreamer_jax.training import loop
+from dreamer_jax.training import checkpoint, loop
 from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
 from dreamer_jax.training.loop import TrainingDiverged, train
 from dreamer_jax.training.step import init_state
@@ -143,8 +143,10 @@ def test_a_save_in_progress_does_not_see_later_steps(folder):
 def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted):
     config, _ = uninterrupted
     wider = named(with_model(toy_config(folder), expert_width=16), "uninterrupted")
+    before = (config.run_dir / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=r"model\.expert_width.*--name"):
         train(wider)
+    assert (config.run_dir / "config.json").read_bytes() == before
     _, like = init_state(wider, make_mesh(MeshConfig()))
     with (
         Checkpoints(config.run_dir) as checkpoints,
@@ -158,6 +160,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted)
         pytest.raises(CheckpointError, match=r"not in this model: params\.layer\.da"),
     ):
         checkpoints.restore(like, checkpoints.latest)
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(uninterrupted, tmp_path):
+    config, summary = uninterrupted
+    save_model(tmp_path / "run", config, summary.model, summary.prepared.tokenizer)
+    other = tmp_path / "other.model"
+    other.write_bytes(b"another")
+    checkpoint.check_tokenizer(tmp_path / "run", summary.prepared.tokenizer)
+    with pytest.raises(CheckpointError, match=r"another tokenizer; give --data\.tokenizer"):
+        checkpoint.check_tokenizer(tmp_path / "run", other)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

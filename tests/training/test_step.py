@@ -143,8 +143,8 @@ def test_training_lowers_the_loss_of_a_repeated_batch(folder):
 
 
 def test_evaluation_gives_the_training_loss(folder):
-    config = config_of("DR+DA", folder)
-    mesh = make_mesh(MeshConfig())
+    config = config_of("DR+DA", folder, microbatches=2)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:4])
     graph, state = init_state(config, mesh)
     total, count = make_evaluation(config, Compute.of(config), mesh, graph)(
         state.params, state.biases, batch_of(config)
