@@ -8,7 +8,7 @@ The data root holds gsm8k/{train,test}.jsonl (fields question, answer) and math/
 solution). Validation is GSM8K's test set and MATH-500, less what also occurs in training.
 
 Hardware: a laptop's CPU; on an accelerator, give it more: --model.width 512 --model.depth 12 --train.dtype bfloat16.
-Expected result: 2.4 million parameters; see README for the held-out loss of the first 400 steps.
+Expected result: 2.4 million parameters; the README has the held-out loss of 400 steps.
 """
 
 from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Source, TrainConfig
