@@ -3,10 +3,13 @@
     python benchmarks/depth.py [--depths 8 16 32 64] [--unrolled-up-to 16]
 
 For DR+DA at each depth, of the loss's gradient with respect to all weights: temporary bytes from XLA's compiled memory
-analysis, compile seconds, and seconds of a step (median of 3). `scan` is dreamer_jax.model.recurrence.depth_scan,
-`plain` a differentiated lax.scan with the cache in its carry (`checkpoint`: with jax.checkpoint on its body), and
-`unrolled` a Python loop, which takes minutes to compile beyond depth 16. Gradients are compared with the unrolled loop's, and
-beyond its depths with the plain scan's with checkpoints.
+analysis, compile seconds, and seconds of a step (median of 3).
+
+    scan        dreamer_jax.model.recurrence.depth_scan, with each remat policy
+    plain       a differentiated lax.scan with the cache in its carry; "checkpoint": with jax.checkpoint on its body
+    unrolled    a Python loop, which takes minutes to compile beyond depth 16
+
+Gradients are compared with the unrolled loop's, and beyond its depths with those of the plain scan with checkpoints.
 """
 
 import argparse
