@@ -114,11 +114,11 @@ def scale_by_score(
     return _scale(y, score)
 
 
-def _scale_forward(y, score, x, shared):  # type: ignore[no-untyped-def]
+def _scale_forward(y, score, x, shared):
     return _scale(y, score), (y, score, x, shared)
 
 
-def _scale_backward(residuals, dy):  # type: ignore[no-untyped-def]
+def _scale_backward(residuals, dy):
     y, score, x, shared = residuals
     routed = y.astype(jnp.float32) - jnp.matmul(x, shared, preferred_element_type=jnp.float32)
     dscore = jnp.sum(dy.astype(jnp.float32) * routed, axis=-1)

@@ -34,9 +34,17 @@ Write = Callable[[int, Record], None]
 class Stream(Protocol):
     """Where progress is printed; stderr is one."""
 
-    def write(self, text: str, /) -> int: ...  # noqa: D102
-    def flush(self) -> None: ...  # noqa: D102
-    def isatty(self) -> bool: ...  # noqa: D102
+    def write(self, text: str, /) -> int:
+        """Write text; its length."""
+        ...
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        ...
+
+    def isatty(self) -> bool:
+        """Whether a person watches."""
+        ...
 
 
 # From figures to records.

@@ -74,7 +74,10 @@ def test_gradients_equal_the_unrolled_loops(remat, depth):
 def test_temporary_memory_is_linear_in_depth(remat):
     def temporary_bytes(depth):
         shared, stacked, constants, x = inputs(depth)
-        loss = lambda s: jnp.mean(scanned(s, stacked, constants, x, depth, remat) ** 3)  # noqa: E731
+
+        def loss(s):
+            return jnp.mean(scanned(s, stacked, constants, x, depth, remat) ** 3)
+
         return jax.jit(jax.grad(loss)).lower(shared).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(128) < 2.1 * temporary_bytes(64)
@@ -83,7 +86,10 @@ def test_temporary_memory_is_linear_in_depth(remat):
 @pytest.mark.parametrize("remat", ["full", "selective"])
 def test_routing_is_decided_once_under_remat(remat):
     shared, stacked, constants, x = inputs(4)
-    loss = lambda s: jnp.mean(scanned(s, stacked, constants, x, 4, remat) ** 3)  # noqa: E731
+
+    def loss(s):
+        return jnp.mean(scanned(s, stacked, constants, x, 4, remat) ** 3)
+
     text = jax.jit(jax.grad(loss)).lower(shared).as_text()
     assert text.count("chlo.top_k") == 1
     assert text.count("stablehlo.tanh") > 1, "the rest of the layer is recomputed"
@@ -92,7 +98,10 @@ def test_routing_is_decided_once_under_remat(remat):
 def test_attention_outputs_are_saved_by_selective_remat_alone():
     def products(remat):
         shared, stacked, constants, x = inputs(4)
-        loss = lambda s: jnp.mean(scanned(s, stacked, constants, x, 4, remat) ** 3)  # noqa: E731
+
+        def loss(s):
+            return jnp.mean(scanned(s, stacked, constants, x, 4, remat) ** 3)
+
         return jax.jit(jax.grad(loss)).lower(shared).as_text().count("dot_general")
 
     assert products("none") < products("selective") < products("full")

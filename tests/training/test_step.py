@@ -164,8 +164,8 @@ def test_initialisation_depends_on_the_seed_alone(folder):
 
 def test_weight_decay_spares_norms_alone(folder):
     _, state = init_state(config_of("DR+DA", folder), make_mesh(MeshConfig(), jax.devices()[:1]))
-    is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
-    decides = {type(v): v.get_value() for v in jax.tree.leaves(decayed(state.params), is_leaf=is_variable)}
+    variables = jax.tree.leaves(decayed(state.params), is_leaf=lambda v: isinstance(v, nnx.Variable))
+    decides = {type(v): v.get_value() for v in variables}
     assert decides == {Matrix: True, RouterKeys: True, Norm: False}
 
 
