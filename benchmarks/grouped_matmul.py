@@ -27,7 +27,8 @@ def group_sizes(rng, rows, experts, skewed=False):
 
 
 def swiglu(x, w_gate_up, w_down, sizes):
-    return grouped_swiglu(x, w_gate_up, w_down, sizes, backend="blocks")
+    scores = jnp.ones((x.shape[0], 1), jnp.float32)
+    return grouped_swiglu(x, scores, w_gate_up, w_down, sizes, backend="blocks")
 
 
 def dense_swiglu(x, w_gate_up, w_down, sizes):

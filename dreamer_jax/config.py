@@ -242,6 +242,8 @@ class KernelConfig:
 
     attention: Literal["auto", "blocks", "cudnn", "tokamax", "splash", "dense"] = "auto"
     grouped_matmul: Literal["auto", "blocks", "tokamax", "megablox", "dense"] = "auto"
+    expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"
+    """How rows travel to the devices that hold their experts (mesh.expert > 1)."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,18 @@ class MeshConfig:
     """Devices along each mesh axis; -1 takes all that are left."""
 
     data: int = -1
-    """Copies of the model, each with its part of the batch."""
+    """Copies of the model. Like the other axes, it splits the batch."""
+    fsdp: int = 1
+    """Devices that share out parameters and optimizer state between steps, and gather them once per step."""
+    expert: int = 1
+    """Devices that share out the experts: tokens travel to them at every depth."""
+
+    def __post_init__(self) -> None:
+        """Check what no single key shows."""
+        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert}
+        for axis, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{axis} = {size}: must be at least 1, or -1 for all that are left")
+        _require(list(sizes.values()).count(-1) <= 1, "mesh: only one axis can be -1")
 
 
 @dataclass(frozen=True)

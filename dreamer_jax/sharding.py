@@ -1,48 +1,157 @@
 """The device mesh, and the one table that says along which of its axes each axis of an array is split.
 
-The training step is one program per device (`jax.shard_map`): the model sees local arrays, and whatever crosses
-devices is written out in `training/step.py`. This table decides how arrays lie between steps.
+The training step is one program per device (`jax.shard_map`). Between steps arrays lie *at rest*: parameters and
+optimizer state split as finely as the mesh allows. Once per step, before the depth loop, `at_work` brings the
+parameters into the layout that the loop reads: whole but for the experts, of which each device along the axis "expert"
+holds its part. Its transpose sums the gradients over devices and splits them again.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamer_jax.config import ConfigError, MeshConfig
 
-AXES = ("data",)
-"""Mesh axes. data: copies of the model, each with its rows of the batch."""
+AXES = ("data", "fsdp", "expert")
+"""Mesh axes, slowest links first. All of them split the batch; fsdp and expert split parameters at rest, too."""
 
-RULES: Mapping[str, str | None] = {"batch": "data"}
-"""Logical axis of an array -> mesh axis that splits it. What has no row is whole on every device; parameters are."""
+
+class Rule(NamedTuple):
+    """Mesh axes that split one logical axis."""
+
+    rest: tuple[str, ...]
+    """Between steps, major to minor."""
+    work: tuple[str, ...]
+    """In the depth loop."""
+
+
+RULES: Mapping[str, Rule] = {
+    "batch": Rule(rest=AXES, work=AXES),
+    "embed": Rule(rest=("fsdp", "expert"), work=()),
+    "expert": Rule(rest=(), work=("expert",)),
+}
+"""Logical axis of an array -> mesh axes. An axis without a row is whole on every device."""
+
+WHOLE = Rule((), ())
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices along each axis.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    given = 1
+    for size in sizes.values():
+        given *= max(size, 1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and devices % given == 0:
+        return sizes | {free[0]: devices // given}
+    if given != devices:
+        asked = " x ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+        mend = "set one of them to -1 to take all that are left" if not free else "choose sizes that divide them"
+        raise ConfigError(f"{asked} does not use the {devices} devices present; {mend}")
+    return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices.
+    """The mesh over all devices, neighbours in the network along the last axes.
 
     Raises:
         ConfigError: the axis sizes do not multiply to the number of devices.
     """
     devices = list(devices or jax.devices())
-    data = len(devices) if config.data == -1 else config.data
-    if data != len(devices):
-        raise ConfigError(f"mesh.data = {data} does not use the {len(devices)} devices present; set it to -1 for all")
-    return Mesh(np.array(devices).reshape(data), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec_of(axes: Sequence[str]) -> PartitionSpec:
-    """The partition of an array with these logical axes.
+    """The partition at rest of an array with these logical axes.
 
     Raises:
         ConfigError: the table maps two of them to one mesh axis.
     """
-    mapped = [RULES.get(axis) for axis in axes]
-    used = [axis for axis in mapped if axis]
+    mapped = [RULES.get(axis, WHOLE).rest for axis in axes]
+    used = [axis for split in mapped for axis in split]
     if len(set(used)) < len(used):
         raise ConfigError(f"logical axes {tuple(axes)} map to {tuple(mapped)}: a mesh axis can split only one of them")
-    return PartitionSpec(*mapped)
+    return PartitionSpec(*(split or None for split in mapped))
+
+
+def tree_specs(tree: Any) -> Any:
+    """Partitions at rest of a tree of arrays; those in an `nnx.Variable` name their axes, others are whole."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return PartitionSpec()
+        return leaf.replace(spec_of(leaf.get_metadata().get("axes", ())))
+
+    return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Where the arrays of a tree (or their shapes) lie at rest.
+
+    Raises:
+        ConfigError: an axis does not divide into the devices that split it.
+    """
+    specs = tree_specs(tree)
+    for (path, array), spec in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(specs), strict=True):
+        for dimension, split in enumerate(spec):
+            _check_divides(mesh, jax.tree_util.keystr(path), array.shape, dimension, split or ())
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _check_divides(mesh: Mesh, name: str, shape: Sequence[int], dimension: int, split: Sequence[str]) -> None:
+    parts = 1
+    for axis in split:
+        parts *= mesh.shape[axis]
+    if shape[dimension] % parts:
+        sizes = " x ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in split)
+        raise ConfigError(
+            f"axis {dimension} of {name} has size {shape[dimension]}, which does not divide into {parts} devices "
+            f"({sizes}); choose mesh sizes whose product divides it, or another model.width"
+        )
+
+
+def at_work(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Inside shard_map: a parameter from its layout at rest to its layout at work.
+
+    Its transpose adds the gradients of all devices and leaves each with its part. An axis that does not divide at work
+    is filled up with zeros (1097 experts on 8 devices are 8 x 138).
+    """
+    x = varying(x)
+    for mesh_axis in reversed(AXES):  # minor axes first, so that the parts join in order
+        source, target = (_dimension(axes, mesh_axis, layout) for layout in ("rest", "work"))
+        devices = lax.axis_size(mesh_axis)
+        if devices == 1 or source == target:
+            continue
+        if source is None:
+            raise ConfigError(f"logical axes {tuple(axes)}: mesh axis '{mesh_axis}' must split one of them at rest")
+        if target is None:
+            x = lax.all_gather(x, mesh_axis, axis=source, tiled=True)
+        else:
+            filled = [(0, -x.shape[i] % devices if i == target else 0) for i in range(x.ndim)]
+            x = lax.all_to_all(jnp.pad(x, filled), mesh_axis, target, source, tiled=True)
+    return x
+
+
+def varying(x: jax.Array) -> jax.Array:
+    """Inside shard_map: let every device have, and differentiate, its own copy."""
+    known = jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(axis for axis in AXES if axis not in known), to="varying")
+
+
+def _dimension(axes: Sequence[str], mesh_axis: str, layout: str) -> int | None:
+    """The dimension of an array that a mesh axis splits."""
+    split = [i for i, axis in enumerate(axes) if mesh_axis in getattr(RULES.get(axis, WHOLE), layout)]
+    return split[0] if split else None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -55,16 +164,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_one_device(mesh: Mesh, tree: Any) -> Any:
+    """The whole arrays on the first local device; every process takes part."""
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda array: array.addressable_data(0), whole)
+
+
 def check_batch(rows: int, microbatches: int, mesh: Mesh) -> None:
     """Every device must get the same whole number of rows in every microbatch.
 
     Raises:
         ConfigError: it does not.
     """
-    parts = mesh.shape["data"] * microbatches
+    parts = mesh.size * microbatches
     if rows % parts:
         fix = max(parts, round(rows / parts) * parts)
         raise ConfigError(
-            f"train.batch = {rows} rows do not divide into {mesh.shape['data']} devices (mesh axis 'data') x "
-            f"{microbatches} microbatches; use a multiple of {parts}, such as --train.batch {fix}"
+            f"train.batch = {rows} rows do not divide into {mesh.size} devices x {microbatches} microbatches; "
+            f"use a multiple of {parts}, such as --train.batch {fix}"
         )

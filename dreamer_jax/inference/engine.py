@@ -18,7 +18,7 @@ from dreamer_jax.inference import cache as memory
 from dreamer_jax.inference.cache import SequenceCache
 from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
 from dreamer_jax.model import attend
-from dreamer_jax.model.dreamer import Compute, Dreamer, depth_weights, layer_at, next_input
+from dreamer_jax.model.dreamer import Compute, Dreamer, depth_weights, layer_at, layer_input, prepared
 from dreamer_jax.model.norm import rms_norm
 
 OnToken = Callable[[int, int], bool | None]
@@ -49,14 +49,14 @@ def prepare(model: Dreamer, compute: Compute) -> Decoder:
     graph, state = nnx.split(model)
 
     @jax.jit
-    def prepared(state: nnx.State) -> Decoder:
+    def decoder(state: nnx.State) -> Decoder:
         model = nnx.merge(graph, state)
         model = convert.merged_model(model) if model.config.routed_attention else model
-        layers = depth_weights(model, compute)
-        embed, lm_head = (matrix[...].astype(compute.dtype) for matrix in (model.embed, model.lm_head))
-        return Decoder(model.config, compute, embed, *layers, model.residual_norm[...], lm_head)
+        model = prepared(model, compute)
+        embed, lm_head = model.embed[...].astype(compute.dtype), model.lm_head[...]
+        return Decoder(model.config, compute, embed, *depth_weights(model), model.residual_norm[...], lm_head)
 
-    return prepared(state)
+    return decoder(state)
 
 
 def generate(
@@ -213,19 +213,19 @@ def _through_depths(
 ) -> tuple[Float[Array, "B T D"], SequenceCache]:
     """The LM head's input, with `attend_at(cache, l, q, k, v)` as the attention of SA at depth l."""
     config, matmul = decoder.config, decoder.compute.matmul
-    x = decoder.embed.at[tokens].get(mode="clip")
+    y = decoder.embed.at[tokens].get(mode="clip")
 
     def step(carry: Any, inputs: Any) -> Any:
-        x, depths, cache = carry
+        y, depths, cache = carry
         l, own = inputs
+        x = layer_input(config, decoder.shared, y, l)
         layer = layer_at(config, decoder.graph, decoder.shared, own, decoder.biases, l)
         output = layer(x, l, positions, counted, depths, functools.partial(attend_at, cache, l), matmul)
-        x = next_input(config, decoder.shared, output.y)
-        return (x, memory.write_depth(depths, l, output.entry), output.kept), None
+        return (output.y, memory.write_depth(depths, l, output.entry), output.kept), None
 
-    carry = (x, memory.empty_depth_cache(config, x), cache)
-    (x, _, cache), _ = lax.scan(step, carry, (jnp.arange(config.depth), decoder.stacked))
-    return x if config.depth_recurrent else rms_norm(x, decoder.residual_norm, config.norm_epsilon), cache
+    carry = (y, memory.empty_depth_cache(config, y), cache)
+    (y, _, cache), _ = lax.scan(step, carry, (jnp.arange(config.depth), decoder.stacked))
+    return rms_norm(y, decoder.residual_norm, config.norm_epsilon), cache
 
 
 def _logits(decoder: Decoder, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:

@@ -2,18 +2,20 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.config import Config, ModelConfig
 from dreamer_jax.model import attend, grouped_matmul
 from dreamer_jax.model.depth_attention import DepthCache
+from dreamer_jax.model.expert_parallel import Exchange, Transport, default_transport
 from dreamer_jax.model.mixture import Layer, LayerOutput
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import cast_matrices, input_std, matrix, norm, taken_apart
@@ -29,11 +31,13 @@ class Compute:
     remat: Remat = "none"
     attention: attend.AttentionBackend = "blocks"
     matmul: grouped_matmul.Backend = "blocks"
+    exchange: Exchange | None = None
+    """For a mesh that shares out the experts; inside shard_map."""
 
     @staticmethod
-    def of(config: Config, platform: str | None = None) -> "Compute":
-        """The config's choices, with 'auto' resolved for the platform (by default, that of the first device)."""
-        platform = platform or jax.devices()[0].platform
+    def of(config: Config, mesh: Mesh | None = None) -> "Compute":
+        """The config's choices, with 'auto' resolved for the mesh's platform (without one: the first device's)."""
+        platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
         kernels = config.kernels
         return Compute(
             dtype=jnp.dtype(config.train.dtype),
@@ -44,7 +48,15 @@ class Compute:
             matmul=grouped_matmul.default_backend(platform)
             if kernels.grouped_matmul == "auto"
             else kernels.grouped_matmul,
+            exchange=_exchange(kernels.expert_exchange, mesh, platform),
         )
+
+
+def _exchange(choice: Literal["auto"] | Transport, mesh: Mesh | None, platform: str) -> Exchange | None:
+    devices = mesh.shape["expert"] if mesh else 1
+    if devices == 1:
+        return None
+    return Exchange("expert", devices, default_transport(platform) if choice == "auto" else choice)
 
 
 class RouterFigures(NamedTuple):
@@ -107,18 +119,28 @@ class Dreamer(nnx.Module):
         Tokens attend within their document, equal numbers in `segment_ids`; 0 is padding. `positions` restart at 0
         in each document.
         """
+        return prepared(self, compute).forward(tokens, positions, segment_ids, compute, capture=capture)
+
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        compute: Compute,
+        *,
+        capture: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Figures, Capture | None]:
+        """As a call, of a model whose weights are `prepared`: once per step, however many forward passes it has."""
         config, x = self.config, self.embedded(tokens, compute)
-        graph, shared, stacked, biases = depth_weights(self, compute)
+        graph, shared, stacked, biases = depth_weights(self)
         constants = (biases, positions, segment_ids)
         body = functools.partial(_depth_step, config, graph, compute, capture)
         entry = depth_entry(config, x)
-        x_last, aux = depth_scan(body, shared, stacked, constants, x, entry, depth=config.depth, remat=compute.remat)
-        if config.depth_recurrent:
-            head_input = x_last
-        else:
-            head_input = rms_norm(x_last, self.residual_norm[...], config.norm_epsilon)
+        y, aux = depth_scan(body, shared, stacked, constants, x, entry, depth=config.depth, remat=compute.remat)
+        head_input = rms_norm(y, self.residual_norm[...], config.norm_epsilon)
         routers, square, captured = aux
         figures = Figures(routers, square, jnp.sum(segment_ids > 0))
+        x_last = head_input if config.depth_recurrent else y
         return head_input, figures, _capture(captured, x_last) if capture else None
 
     def logits(self, hidden: Float[Array, "B T D"], compute: Compute) -> Float[Array, "B T V"]:
@@ -126,16 +148,24 @@ class Dreamer(nnx.Module):
         return jnp.matmul(hidden, self.lm_head[...].astype(compute.dtype), preferred_element_type=jnp.float32)
 
 
-def depth_weights(model: Dreamer, compute: Compute) -> tuple[Any, dict[str, Any], dict[str, Any], nnx.State]:
-    """The layer taken apart for the depth loop: (graph, weights shared by depths, stacked weights, router biases).
+def prepared(model: Dreamer, compute: Compute) -> Dreamer:
+    """The model as the depth loop uses it: Eq. 8's merge, the kernels' padding, matrices in the compute dtype."""
+    model = nnx.clone(model)
+    embed = model.embed[...]
+    model.layer.prepare(compute.matmul)
+    graph, params, biases = taken_apart(model)
+    model = nnx.merge(graph, cast_matrices(params, compute.dtype), biases)
+    # Looked up, not multiplied: in float32, in which its gradient adds up many tokens.
+    model.embed.set_value(embed)
+    return model
 
-    Once per forward pass, outside the loop: Eq. 8's merge, the kernels' padding, the cast to the compute dtype. The
-    residual norm of DR belongs to every depth, so it travels with the shared weights.
+
+def depth_weights(model: Dreamer) -> tuple[Any, dict[str, Any], dict[str, Any], nnx.State]:
+    """A prepared layer taken apart: (graph, weights shared by depths, stacked weights, router biases).
+
+    The residual norm of DR belongs to every depth, so it travels with the shared weights.
     """
-    layer = nnx.clone(model.layer)
-    layer.prepare(compute.matmul)
-    graph, params, biases = taken_apart(layer)
-    params = cast_matrices(params, compute.dtype)
+    graph, params, biases = taken_apart(model.layer)
     nothing: dict[str, Any] = {}
     if model.config.depth_recurrent:
         return graph, {"layer": params, "residual_norm": model.residual_norm[...]}, nothing, biases
@@ -161,9 +191,17 @@ def layer_at(
     return nnx.merge(graph, own["layer"], jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, l, 0, False), biases))
 
 
-def next_input(config: ModelConfig, shared: dict[str, Any], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """x_{l+1}: in DR RMSNorm(y_l), so that scales agree at every depth (3.7); in LA y_l itself."""
-    return rms_norm(y, shared["residual_norm"], config.norm_epsilon) if config.depth_recurrent else y
+def layer_input(
+    config: ModelConfig, shared: dict[str, Any], y: Float[Array, "B T D"], l: Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    """x_l from y_{l-1}: in DR its RMSNorm, so that scales agree at every depth (3.7); in LA y_{l-1} itself.
+
+    At depth 0, y is the raw embedding and stays as it is. Normalising here, and not after the layer, keeps what the
+    layer computed last out of what its recomputation needs.
+    """
+    if not config.depth_recurrent:
+        return y
+    return jnp.where(l == 0, y, rms_norm(y, shared["residual_norm"], config.norm_epsilon))
 
 
 def _depth_step(
@@ -174,22 +212,23 @@ def _depth_step(
     shared: dict[str, Any],
     own: dict[str, Any],
     constants: tuple[nnx.State, Array, Array],
-    x: Float[Array, "B T D"],
+    y: Float[Array, "B T D"],
     cache: DepthCache | None,
     l: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], DepthCache | None, Any]:
-    """One depth of training: packed attention, figures, and on request the capture."""
+    """One depth of training, y_{l-1} to y_l: packed attention, figures, and on request the capture."""
     biases, positions, segment_ids = constants
+    x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
     counted = segment_ids > 0
 
     def attend_packed(q: Array, k: Array, v: Array) -> tuple[Array, None]:
         return attend.attend_sequence(q, k, v, segment_ids, backend=compute.attention), None
 
-    output = layer(x, l, positions, counted, cache, attend_packed, compute.matmul)
+    output = layer(x, l, positions, counted, cache, attend_packed, compute.matmul, compute.exchange)
     aux: tuple[Any, ...] = _figures(output, counted)
     aux = (*aux, (x, _by_kind(output), output.depth_attention) if capture else None)
-    return next_input(config, shared, output.y), output.entry, lax.stop_gradient(aux)
+    return output.y, output.entry, lax.stop_gradient(aux)
 
 
 def _by_kind(output: LayerOutput) -> dict[str, Routing]:

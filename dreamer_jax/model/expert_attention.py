@@ -9,7 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.config import ModelConfig
-from dreamer_jax.model.grouped_matmul import Backend, collect, dispatch, grouped_swiglu, pad_experts_for, plan
+from dreamer_jax.model.expert_parallel import Exchange, exchanged_swiglu
+from dreamer_jax.model.grouped_matmul import Backend, collect, dispatch, grouped_swiglu, pad_experts_for, plan, sort
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, input_std, matrix, norm, output_std
 from dreamer_jax.model.router import Router, Routing
@@ -28,10 +29,11 @@ class ExpertAttention(nnx.Module):
         self.w_down = matrix(rngs, stack, (experts, inner, width), ("expert", "mlp", "embed"), output_std(config))
 
     def pad(self, backend: Backend) -> None:
-        """Widen the experts with zeros, in place, to what the backend's kernels want; once per step."""
-        pad = functools.partial(pad_experts_for, backend)
+        """Widen the experts with zeros, in place, to what the backend's kernels want."""
+        weights, pad = (self.w_gate_up, self.w_down), functools.partial(pad_experts_for, backend)
         pad = jax.vmap(pad) if self.w_down[...].ndim == 4 else pad  # LA: stacked layers
-        self.w_gate_up[...], self.w_down[...] = pad(self.w_gate_up[...], self.w_down[...])
+        for weight, wider in zip(weights, pad(*(w[...] for w in weights)), strict=True):
+            weight.set_value(wider)
 
     def __call__(
         self,
@@ -39,12 +41,18 @@ class ExpertAttention(nnx.Module):
         l: Int[Array, ""],
         counted: Bool[Array, "B T"],
         backend: Backend,
+        exchange: Exchange | None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The residual update and the routing, whose scores are the normalised weights of the selected experts."""
+        """The residual update and the routing, whose scores are the normalised weights of the selected experts.
+
+        With an exchange, the weights at hand are those of this device's part of the experts.
+        """
         rows = rms_norm(x, self.norm[...], self.config.norm_epsilon).reshape(-1, x.shape[-1])
         routing = self.router(rows, l, counted.reshape(-1), self.config.active_experts)
         weights = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
         order = checkpoint_name(plan(routing.ids, self.config.experts), "routing")
-        gathered = dispatch(rows, order, self.config.active_experts)
-        y = grouped_swiglu(gathered, self.w_gate_up[...], self.w_down[...], order.sizes, backend=backend)
-        return collect(y, order, weights).reshape(x.shape), routing._replace(scores=weights)
+        active = self.config.active_experts
+        inputs = dispatch(rows, order, active), sort(weights.reshape(-1, 1), order)
+        swiglu = functools.partial(exchanged_swiglu, exchange=exchange) if exchange else grouped_swiglu
+        y = swiglu(*inputs, self.w_gate_up[...], self.w_down[...], order.sizes, backend=backend)
+        return collect(y, order, active).reshape(x.shape), routing._replace(scores=weights)

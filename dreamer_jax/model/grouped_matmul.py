@@ -4,8 +4,8 @@ A mixture of experts sends every token to A of E experts. The way through this f
 
     p = plan(ids, experts)                                      # sort the tokens' choices by expert
     rows = dispatch(x, p, active)                               # [tokens, D] -> [R, D], R = tokens * A
-    rows = grouped_swiglu(rows, w_gate_up, w_down, p.sizes, backend=...)
-    x = collect(rows, p, scores)                                # [R, D] -> [tokens, D], weighted by the scores
+    rows = grouped_swiglu(rows, scores, w_gate_up, w_down, p.sizes, backend=...)
+    x = collect(rows, p, active)                                # [R, D] -> [tokens, D], the sum of each token's rows
 
 No capacity limit drops a token, and nothing here scatters floats: every gather has a gather as its gradient, so results
 are the same from run to run. Backends differ in how they multiply, not in what they compute:
@@ -60,61 +60,35 @@ def plan(ids: Int[Array, "tokens A"], experts: int) -> Plan:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dispatch(x: Float[Array, "tokens D"], p: Plan, active: int) -> Float[Array, "R D"]:
-    """Copy each token to the rows of the experts it chose. `active` is A; gradients are summed over A in float32."""
+    """Copy each token to the rows of the experts it chose. `active` is A; its gradient is `collect`."""
     return _take(x, p.order // active)
 
 
-def _dispatch_forward(x, p, active):
-    return dispatch(x, p, active), p
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def collect(y: Float[Array, "R D"], p: Plan, active: int) -> Float[Array, "tokens D"]:
+    """Add up each token's A rows, in float32, rounded once to the dtype of `y`; its gradient is `dispatch`."""
+    choices = _take(y, p.inverse).reshape(-1, active, y.shape[-1])
+    return choices.astype(jnp.float32).sum(axis=1).astype(y.dtype)
 
 
-def _dispatch_backward(active, p, d_rows):
-    d_choices = _take(d_rows, p.inverse).reshape(-1, active, d_rows.shape[-1])
-    return d_choices.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype), None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+dispatch.defvjp(lambda x, p, active: (dispatch(x, p, active), p), lambda active, p, d: (collect(d, p, active), None))
+collect.defvjp(lambda y, p, active: (collect(y, p, active), p), lambda active, p, d: (dispatch(d, p, active), None))
 
 
 @jax.custom_vjp
-def collect(y: Float[Array, "R D"], p: Plan, scores: Float[Array, "tokens A"]) -> Float[Array, "tokens D"]:
-    """Bring the rows back to their tokens: the sum of each token's A rows, weighted by its scores.
-
-    Args:
-        y: rows in sorted order.
-        p: the plan that sorted them.
-        scores: float32 weights of the choices.
-
-    Returns:
-        The combination, accumulated in float32 and rounded once to the dtype of `y`.
-    """
-    weighted = _take(y, p.inverse).reshape(*scores.shape, -1).astype(jnp.float32) * scores[:, :, None]
-    return weighted.sum(axis=1).astype(y.dtype)
-
-
-def _collect_forward(y, p, scores):
-    return collect(y, p, scores), (y, p, scores)
-
-
-def _collect_backward(residuals, d_out):
-    y, p, scores = residuals
-    active = scores.shape[1]
-    row_scores = _take(scores.reshape(-1), p.order)[:, None]
-    d_y = (_take(d_out, p.order // active).astype(jnp.float32) * row_scores).astype(y.dtype)
-    choices = _take(y, p.inverse).reshape(*scores.shape, -1).astype(jnp.float32)
-    return d_y, None, (choices * d_out.astype(jnp.float32)[:, None, :]).sum(axis=-1)
-
-
-collect.defvjp(_collect_forward, _collect_backward)
+def sort(choices: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
+    """Bring one row for each choice, in token order, into sorted order."""
+    return _take(choices, p.order)
 
 
 @jax.custom_vjp
 def unsort(y: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
-    """Bring the rows back to token order, for A = 1."""
+    """Bring the rows back to the order of the choices, which for A = 1 is that of the tokens."""
     return _take(y, p.inverse)
 
 
-unsort.defvjp(lambda y, p: (unsort(y, p), p), lambda p, d_out: (_take(d_out, p.order), None))
+sort.defvjp(lambda choices, p: (sort(choices, p), p), lambda p, d: (unsort(d, p), None))
+unsort.defvjp(lambda y, p: (unsort(y, p), p), lambda p, d: (sort(d, p), None))
 
 
 def _take(a, rows):
@@ -164,7 +138,7 @@ def grouped_matmul(
     Args:
         x: rows sorted by expert.
         w: one matrix per expert.
-        sizes: rows of each expert. They must sum to R: what the kernels leave in other rows is undefined.
+        sizes: rows of each expert. Rows past their sum belong to none: what comes out for them is undefined.
         backend: see the top of this file.
 
     Returns:
@@ -177,43 +151,51 @@ def grouped_matmul(
     if backend == "dense":
         return _dense_matmul(x, w, sizes)
     if backend == "blocks":
-        return _blocks(_matmul, _heights(x.shape[0], w.shape[0]), x, (w,), sizes)
+        return _blocks(_matmul, _heights(x.shape[0], w.shape[0]), (x,), (w,), sizes)
     return _kernel(x, w, sizes, backend)
 
 
 def grouped_swiglu(
     x: Float[Array, "R D"],
+    scores: Float[Array, "R 1"],
     w_gate_up: Float[Array, "E D G"],
     w_down: Float[Array, "E F D"],
     sizes: Int[Array, "E"],
     *,
     backend: Backend,
 ) -> Float[Array, "R D"]:
-    """Send every row through the SwiGLU of its expert: (silu(x W_gate) * (x W_up)) W_down.
+    """Send every row through the SwiGLU of its expert, weighted: (score * silu(x W_gate) * (x W_up)) W_down.
+
+    The score multiplies the inner activation, so that no gradient needs the result.
 
     Args:
         x: rows sorted by expert.
+        scores: weight of each row, float32.
         w_gate_up: [E, D, 2F], the gate's F columns and then the F columns of up.
         w_down: [E, F, D].
-        sizes: rows of each expert; they must sum to R.
+        sizes: rows of each expert. Rows past their sum belong to none: they come out as zeros.
         backend: see the top of this file.
 
     Raises:
         ImportError: backend "tokamax" without tokamax.
     """
     if backend == "blocks":
-        x, w_gate_up, w_down, sizes = _vary_together(x, w_gate_up, w_down, sizes)
-        return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), x, (w_gate_up, w_down), sizes)
-    hidden = _gate(grouped_matmul(x, w_gate_up, sizes, backend=backend).astype(jnp.float32)).astype(x.dtype)
-    return grouped_matmul(hidden, w_down, sizes, backend=backend)
+        x, scores, w_gate_up, w_down, sizes = _vary_together(x, scores, w_gate_up, w_down, sizes)
+        return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), (x, scores), (w_gate_up, w_down), sizes)
+    # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
+    owned = (jnp.arange(x.shape[0], dtype=sizes.dtype) < jnp.sum(sizes))[:, None]
+    x, scores = jnp.where(owned, x, 0), jnp.where(owned, scores, 0)
+    gate_up = jnp.where(owned, grouped_matmul(x, w_gate_up, sizes, backend=backend).astype(jnp.float32), 0)
+    hidden = (_gate(gate_up) * scores).astype(x.dtype)
+    return jnp.where(owned, grouped_matmul(hidden, w_down, sizes, backend=backend), 0)
 
 
 def _matmul(x, w):
     return x @ w
 
 
-def _swiglu(x, w_gate_up, w_down):
-    return _gate(x @ w_gate_up) @ w_down
+def _swiglu(x, scores, w_gate_up, w_down):
+    return (scores * _gate(x @ w_gate_up)) @ w_down
 
 
 def _gate(gate_up):
@@ -302,52 +284,54 @@ def _write(a, values, start, mine):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocks(f: Callable, heights: tuple[int, ...], x, weights: tuple, sizes):
-    """Rows through f(rows, *weights of their expert), which must work row by row and map zeros to zeros."""
-    rows, height = x.shape[0], heights[-1]
+def _blocks(f: Callable, heights: tuple[int, ...], inputs: tuple, weights: tuple, sizes):
+    """Rows through f(*inputs, *weights of their expert), which must work row by row and map zeros to zeros."""
+    rows, height = inputs[0].shape[0], heights[-1]
     blocks, count = _cut(sizes, rows, height)
 
     def body(i, y):
         block = jax.tree.map(lambda a: a[i], blocks)
         start, mine = _window(block, rows, height)
         w = [a[block.expert].astype(jnp.float32) for a in weights]
-        (out,) = _at_height(heights, block, block.first - start, lambda a: (f(a, *w),), _read(x, start, mine))
+        tall = [_read(a, start, mine) for a in inputs]
+        (out,) = _at_height(heights, block, block.first - start, lambda *a: (f(*a, *w),), *tall)
         return _write(y, out, start, mine)
 
-    return lax.fori_loop(0, count, body, jnp.zeros_like(x, shape=(rows, weights[-1].shape[2])))
+    return lax.fori_loop(0, count, body, jnp.zeros_like(inputs[0], shape=(rows, weights[-1].shape[2])))
 
 
-def _blocks_forward(f, heights, x, weights, sizes):
-    return _blocks(f, heights, x, weights, sizes), (x, weights, sizes)
+def _blocks_forward(f, heights, inputs, weights, sizes):
+    return _blocks(f, heights, inputs, weights, sizes), (inputs, weights, sizes)
 
 
 def _blocks_backward(f, heights, residuals, d_y):
-    x, weights, sizes = residuals
-    rows, height = x.shape[0], heights[-1]
+    inputs, weights, sizes = residuals
+    rows, height = inputs[0].shape[0], heights[-1]
     blocks, count = _cut(sizes, rows, height)
 
+    def gradients(w, d, *a):
+        """Those of the inputs side by side (`_at_height` brings one array to full height), then the weights'."""
+        found = jax.vjp(f, *a, *w)[1](d)
+        return jnp.concatenate(found[: len(a)], axis=1), *found[len(a) :]
+
     def body(i, carry):
-        d_x, d_weights, sums = carry
+        d_inputs, d_weights, sums = carry
         block = jax.tree.map(lambda a: a[i], blocks)
         start, mine = _window(block, rows, height)
         w = [a[block.expert].astype(jnp.float32) for a in weights]
-        d_block, *d_w = _at_height(
-            heights,
-            block,
-            block.first - start,
-            lambda a, d: jax.vjp(f, a, *w)[1](d),
-            _read(x, start, mine),
-            _read(d_y, start, mine),
-        )
+        tall = [_read(a, start, mine) for a in (d_y, *inputs)]
+        d_block, *d_w = _at_height(heights, block, block.first - start, partial(gradients, w), *tall)
         # float32 sums over the blocks of one expert; rewriting the rounded sum costs less than reading it back
         sums = [jnp.where(block.opens, 0, old) + new for old, new in zip(sums, d_w, strict=True)]
         d_weights = [d.at[block.expert].set(s.astype(d.dtype)) for d, s in zip(d_weights, sums, strict=True)]
-        return _write(d_x, d_block, start, mine), d_weights, sums
+        parts = jnp.split(d_block, [a.shape[1] for a in inputs[:-1]], axis=1)
+        d_inputs = [_write(d, part, start, mine) for d, part in zip(d_inputs, parts, strict=True)]
+        return d_inputs, d_weights, sums
 
     sums = [jnp.zeros_like(a[0], dtype=jnp.float32) for a in weights]
-    init = jnp.zeros_like(x), [jnp.zeros_like(a) for a in weights], sums
-    d_x, d_weights, _ = lax.fori_loop(0, count, body, init)
-    return d_x, tuple(d_weights), None
+    init = [jnp.zeros_like(a) for a in inputs], [jnp.zeros_like(a) for a in weights], sums
+    d_inputs, d_weights, _ = lax.fori_loop(0, count, body, init)
+    return tuple(d_inputs), tuple(d_weights), None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.depth_attention import DepthAttention, DepthCache
 from dreamer_jax.model.expert_attention import ExpertAttention
+from dreamer_jax.model.expert_parallel import Exchange
 from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.parameters import Stack
 from dreamer_jax.model.router import Routing
@@ -61,13 +62,14 @@ class Layer(nnx.Module):
         cache: DepthCache | None,
         attend: Attend,
         backend: Backend,
+        exchange: Exchange | None = None,
     ) -> LayerOutput:
         """y_l from x_l, before the residual norm of DR. `counted` marks the tokens that are not padding."""
         da_update, entry, attention, da_routing = self._depth_update(x, l, counted, cache, backend)
         sa_input = x + da_update if self.config.mixture == "sequential" else x
         sa_update, kept, sa_routing = self.sa(sa_input, l, positions, counted, attend, backend)
         ea_input = x if self.config.mixture == "parallel" else x + da_update + sa_update
-        ea_update, ea_routing = self.ea(ea_input, l, counted, backend)
+        ea_update, ea_routing = self.ea(ea_input, l, counted, backend, exchange)
         y = x + da_update + sa_update + ea_update
         return LayerOutput(y, entry, kept, Routings(sa_routing, da_routing, ea_routing), attention)
 

@@ -49,7 +49,7 @@ class Projections(nnx.Module):
         self.w_o_shared = matrix(rngs, stack, (out, config.width), ("heads", "embed"), std_out) if shared else None
 
     def merge_shared(self) -> None:
-        """Add the shared experts to the routed ones (Eq. 8), in place; once per forward pass, outside the depth loop.
+        """Add the shared experts to the routed ones (Eq. 8), in place; outside the depth loop.
 
         The shared weights stay: the score's gradient excludes them (Eq. 7). Their own gradient, the sum of the
         routed experts' gradients, comes from differentiating this sum.
@@ -57,8 +57,8 @@ class Projections(nnx.Module):
         if self.w_qkv_shared is None or self.w_o_shared is None:
             return
         for routed, shared in ((self.w_qkv, self.w_qkv_shared), (self.w_o, self.w_o_shared)):
-            routed[...] = routed[...] + shared[...][None]
-            shared[...] = lax.stop_gradient(shared[...])
+            routed.set_value(routed[...] + shared[...][None])
+            shared.set_value(lax.stop_gradient(shared[...]))
 
     def select(
         self, x: Float[Array, "tokens D"], l: Int[Array, ""], counted: Bool[Array, "tokens"]

@@ -15,10 +15,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
-from dreamer_jax import sharding
 from dreamer_jax.config import CheckpointConfig, Config, from_dict, to_json
 from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import taken_apart
@@ -213,7 +211,7 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
 
 def _restored_model(checkpoints: Checkpoints, config: Config, step: int) -> Dreamer:
     graph, params, biases = taken_apart(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
-    place = sharding.replicated(Mesh(jax.devices()[:1], ("data",)))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {"params": params, "biases": biases}
     target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for n, a in _leaves(like).items()}
     leaves = checkpoints.restore_model(target, step)

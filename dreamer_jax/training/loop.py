@@ -67,7 +67,7 @@ def train(config: Config) -> Summary:
             recorded = metrics.has_record(config.run_dir / "metrics.jsonl", step, "validation/loss")
             validation = None if stopped_by else run.validate(state, step, record=not recorded)
     # One device: kernels do not run on arrays spread over several outside of shard_map.
-    params, biases = jax.device_put((state.params, state.biases), jax.local_devices()[0])
+    params, biases = sharding.on_one_device(mesh, (state.params, state.biases))
     model = nnx.merge(graph, params, biases)
     entropy = unigram_entropy(prepared)
     return Summary(config, step, stopped_by, run.last_loss, validation, entropy, model, prepared)
@@ -103,7 +103,7 @@ class _Run:
     asked: Preemption
 
     def __post_init__(self) -> None:
-        compute = Compute.of(self.config)
+        compute = Compute.of(self.config, self.mesh)
         self.train_step = make_train_step(self.config, compute, self.mesh, self.graph)
         self.evaluation = make_evaluation(self.config, compute, self.mesh, self.graph)
         self.last_loss: float | None = None

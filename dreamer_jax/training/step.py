@@ -1,5 +1,6 @@
-"""One optimizer step: gradients on every device, one sum over devices, AdamW, router balancing."""
+"""One optimizer step: weights gathered once, gradients of all microbatches, one sum over devices, AdamW, balancing."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import Config
-from dreamer_jax.model.dreamer import Compute, Dreamer, Figures
-from dreamer_jax.model.parameters import taken_apart
-from dreamer_jax.sharding import AXES, replicated
+from dreamer_jax.model.dreamer import Compute, Dreamer, Figures, prepared
+from dreamer_jax.model.parameters import Matrix, taken_apart
+from dreamer_jax.sharding import AXES, at_work, spec_of, tree_shardings, tree_specs, varying
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import adamw, learning_rate, rebalanced
 
@@ -55,16 +56,30 @@ class StepResult(NamedTuple):
 
 def init_state(config: Config, mesh: Mesh) -> tuple[Any, TrainState]:
     """(graph definition of the model, state before the first step), a pure function of `train.seed`."""
+    graph, shapes = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda array: array.sharding, shapes)
+    init = functools.partial(_initial, config)
+    return graph, jax.jit(init, out_shardings=shardings, compiler_options=_init_options(mesh))()
+
+
+def abstract_state(config: Config, mesh: Mesh) -> tuple[Any, TrainState]:
+    """As `init_state`, with shapes and shardings in place of arrays.
+
+    Raises:
+        ConfigError: an axis of a parameter does not divide into the devices that split it.
+    """
     graph = nnx.graphdef(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
+    shapes = jax.eval_shape(functools.partial(_initial, config))
+    placed = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, tree_shardings(mesh, shapes)
+    )
+    return graph, placed
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=_init_options(mesh))
-    def init() -> TrainState:
-        model = Dreamer(config.model, nnx.Rngs(config.train.seed))
-        _, params, biases = taken_apart(model)
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, biases, adamw(config.optimizer).init(params), zero, zero)
 
-    return graph, init()
+def _initial(config: Config) -> TrainState:
+    _, params, biases = taken_apart(Dreamer(config.model, nnx.Rngs(config.train.seed)))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, biases, adamw(config.optimizer).init(params), zero, zero)
 
 
 def _init_options(mesh: Mesh) -> dict[str, Any] | None:
@@ -78,8 +93,12 @@ def make_train_step(
     config: Config, compute: Compute, mesh: Mesh, graph: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
     """The compiled step. Its first argument is donated: use the state that it returns."""
+    split = _parameter_specs(config)
     gradients = jax.shard_map(
-        functools.partial(_gradients, config, compute, graph), mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
+        functools.partial(_gradients, config, compute, graph),
+        mesh=mesh,
+        in_specs=(split, P(), spec_of(("batch",))),
+        out_specs=(split, P(), P(), P()),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -112,29 +131,55 @@ def _updated(config: Config, state: TrainState, grads: nnx.State, figures: Figur
 def _gradients(
     config: Config, compute: Compute, graph: Any, params: nnx.State, biases: nnx.State, batch: Batch
 ) -> tuple[nnx.State, Array, Array, Figures]:
-    """The program of one device: (gradients, mean loss, loss positions, figures), all summed over devices.
+    """The program of one device: (its part of the gradients, mean loss, loss positions, figures) of all devices.
 
-    Microbatches are accumulated without communication: the one sum over devices comes at the end.
+    Weights are gathered once. Microbatches are then accumulated, in float32, without communication other than that of
+    tokens with their experts; the one sum over devices comes at the end.
     """
     mask = batch["response_mask"] if config.data.response_only else None
-    targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"], mask)
-    loss_tokens = lax.psum(jnp.sum(weights), AXES)
-    inputs = {**batch, "targets": targets, "weights": weights}
-    # From here on each device differentiates its own copy of the parameters.
-    params, biases = lax.pcast((params, biases), AXES, to="varying")
+    targets, loss_weights = next_token_targets(batch["tokens"], batch["segment_ids"], mask)
+    loss_tokens = lax.psum(jnp.sum(loss_weights), AXES)
+    inputs = {**batch, "targets": targets, "weights": loss_weights}
+    biases = jax.tree.map(varying, biases)
+    weights = working_weights(graph, compute, biases, params)
 
-    def objective(params: nnx.State, part: Batch) -> tuple[Array, Figures]:
-        total, figures = loss_sum(graph, params, biases, part, compute)
+    def objective(weights: nnx.State, part: Batch) -> tuple[Array, Figures]:
+        total, figures = loss_sum(graph, weights, biases, part, compute)
         return total / jnp.maximum(loss_tokens, 1.0), figures
 
-    def accumulate(grads: nnx.State, part: Batch) -> tuple[nnx.State, tuple[Array, Figures]]:
-        (loss, figures), part_grads = jax.value_and_grad(objective, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, grads, part_grads), (loss, figures)
+    def accumulate(sums: nnx.State, part: Batch) -> tuple[nnx.State, tuple[Array, Figures]]:
+        (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(weights, part)
+        return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads), (loss, figures)
 
-    parts = _microbatches(inputs, config)
-    grads, (losses, figures) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), parts)
+    # How gradients reach the parameters: what makes weights of them is linear, and transposed here in float32.
+    exact = dataclasses.replace(compute, dtype=jnp.float32)
+    unused, pullback = jax.vjp(functools.partial(working_weights, graph, exact, biases), params)
+    nothing = jax.tree.map(jnp.zeros_like, unused)
+    sums, (losses, figures) = lax.scan(accumulate, nothing, _microbatches(inputs, config))
     losses, figures = jax.tree.map(lambda a: jnp.sum(a, axis=0), (losses, figures))
-    return *lax.psum((grads, losses), AXES), loss_tokens, lax.psum(figures, AXES)
+    (grads,) = pullback(sums)
+    return grads, lax.psum(losses, AXES), loss_tokens, lax.psum(figures, AXES)
+
+
+def working_weights(graph: Any, compute: Compute, biases: nnx.State, params: nnx.State) -> nnx.State:
+    """Inside shard_map: this device's part of the parameters as the weights that its depth loops read.
+
+    Prepared (Eq. 8, padding, cast) before they are gathered, so that what travels is small and every device prepares
+    its own part only.
+    """
+    _, ready, _ = taken_apart(prepared(nnx.merge(graph, params, biases), compute))
+
+    def arrive(variable: nnx.Variable) -> nnx.Variable:
+        value = variable[...]
+        sent = value.astype(compute.dtype) if isinstance(variable, Matrix) else value
+        return variable.replace(at_work(sent, variable.get_metadata()["axes"]).astype(value.dtype))
+
+    return jax.tree.map(arrive, ready, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _parameter_specs(config: Config) -> nnx.State:
+    _, params, _ = taken_apart(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
+    return tree_specs(params)
 
 
 def _microbatches(batch: Batch, config: Config) -> Batch:
@@ -142,13 +187,12 @@ def _microbatches(batch: Batch, config: Config) -> Batch:
 
 
 def loss_sum(
-    graph: Any, params: nnx.State, biases: nnx.State, part: Batch, compute: Compute
+    graph: Any, weights: nnx.State, biases: nnx.State, part: Batch, compute: Compute
 ) -> tuple[Float[Array, ""], Figures]:
     """Cross-entropy summed over the weighted positions of some rows, and the figures of their forward pass."""
-    model = nnx.merge(graph, params, biases)
-    hidden, figures, _ = model(part["tokens"], part["positions"], part["segment_ids"], compute)
-    lm_head = model.lm_head[...].astype(compute.dtype)
-    return cross_entropy_sum(hidden, lm_head, part["targets"], part["weights"]), figures
+    model = nnx.merge(graph, weights, biases)
+    hidden, figures, _ = model.forward(part["tokens"], part["positions"], part["segment_ids"], compute)
+    return cross_entropy_sum(hidden, model.lm_head[...], part["targets"], part["weights"]), figures
 
 
 def make_evaluation(
@@ -159,10 +203,11 @@ def make_evaluation(
     def local(params: nnx.State, biases: nnx.State, batch: Batch) -> tuple[Array, Array]:
         mask = batch["response_mask"] if config.data.response_only else None
         targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"], mask)
-        params, biases = lax.pcast((params, biases), AXES, to="varying")
+        biases = jax.tree.map(varying, biases)
+        working = working_weights(graph, compute, biases, params)
         parts = _microbatches({**batch, "targets": targets, "weights": weights}, config)
-        totals = lax.map(lambda part: loss_sum(graph, params, biases, part, compute)[0], parts)
+        totals = lax.map(lambda part: loss_sum(graph, working, biases, part, compute)[0], parts)
         return lax.psum((jnp.sum(totals), jnp.sum(weights)), AXES)
 
-    specs = (P(), P(), P("data"))
+    specs = (_parameter_specs(config), P(), spec_of(("batch",)))
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))

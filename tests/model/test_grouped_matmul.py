@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dreamer_jax.model import grouped_matmul as grouped
-from dreamer_jax.model.grouped_matmul import collect, dispatch, grouped_matmul, grouped_swiglu, plan, unsort
+from dreamer_jax.model.grouped_matmul import collect, dispatch, grouped_matmul, grouped_swiglu, plan, sort, unsort
 
 D, F = 16, 8
 SIZES = {
@@ -21,35 +21,39 @@ SIZES = {
 }
 
 
-def experts(sizes, dtype=jnp.float32, d=D, f=F):
-    """Random rows, weights and an upstream gradient, at the scale of a trained layer."""
-    rng = np.random.default_rng(len(sizes))
-    shapes = [(sum(sizes), d), (len(sizes), d, 2 * f), (len(sizes), f, d), (sum(sizes), d)]
+def experts(sizes, dtype=jnp.float32, d=D, f=F, rows=None):
+    """Random rows, scores, weights and an upstream gradient, at the scale of a trained layer."""
+    rng, rows = np.random.default_rng(len(sizes)), rows or sum(sizes)
+    shapes = [(rows, d), (len(sizes), d, 2 * f), (len(sizes), f, d), (rows, d)]
     scales = [1, d**-0.5, f**-0.5, 1]
-    arrays = [jnp.asarray(rng.normal(size=s) * c, dtype) for s, c in zip(shapes, scales, strict=True)]
-    return *arrays, jnp.asarray(sizes, jnp.int32)
+    x, *others = [jnp.asarray(rng.normal(size=s) * c, dtype) for s, c in zip(shapes, scales, strict=True)]
+    scores = jnp.asarray(rng.uniform(0.1, 1, size=(rows, 1)), jnp.float32)
+    return x, scores, *others, jnp.asarray(sizes, jnp.int32)
 
 
-def by_hand(x, w_gate_up, w_down, d_y, sizes):
+def by_hand(x, scores, w_gate_up, w_down, d_y, sizes):
     """SwiGLU of each expert on its own slice of rows in NumPy float64, and its gradients, written out."""
-    x, w_gate_up, w_down, d_y = (np.asarray(a, np.float64) for a in (x, w_gate_up, w_down, d_y))
+    x, scores, w_gate_up, w_down, d_y = (np.asarray(a, np.float64) for a in (x, scores, w_gate_up, w_down, d_y))
     f, at = w_down.shape[1], 0
-    y, d_x, d_gate_up, d_down = np.zeros_like(x), np.zeros_like(x), np.zeros_like(w_gate_up), np.zeros_like(w_down)
+    y, d_x, d_scores, d_gate_up, d_down = (np.zeros_like(a) for a in (x, x, scores, w_gate_up, w_down))
     for e, n in enumerate(np.asarray(sizes)):
         rows, at = slice(at, at + n), at + n
         gate, up = x[rows] @ w_gate_up[e, :, :f], x[rows] @ w_gate_up[e, :, f:]
         sigmoid = 1 / (1 + np.exp(-gate))
         hidden = gate * sigmoid * up
-        y[rows] = hidden @ w_down[e]
-        d_hidden = d_y[rows] @ w_down[e].T
+        unweighted = hidden @ w_down[e]
+        y[rows] = scores[rows] * unweighted
+        d_scores[rows] = (d_y[rows] * unweighted).sum(axis=1, keepdims=True)
+        d_unweighted = scores[rows] * d_y[rows]
+        d_hidden = d_unweighted @ w_down[e].T
         d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
         d_both = np.concatenate([d_gate, d_hidden * gate * sigmoid], axis=1)
-        d_x[rows], d_gate_up[e], d_down[e] = d_both @ w_gate_up[e].T, x[rows].T @ d_both, hidden.T @ d_y[rows]
-    return y, d_x, d_gate_up, d_down
+        d_x[rows], d_gate_up[e], d_down[e] = d_both @ w_gate_up[e].T, x[rows].T @ d_both, hidden.T @ d_unweighted
+    return y, d_x, d_scores, d_gate_up, d_down
 
 
-def swiglu_and_gradients(x, w_gate_up, w_down, d_y, sizes, backend):
-    y, vjp = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, backend=backend), x, w_gate_up, w_down)
+def swiglu_and_gradients(x, scores, w_gate_up, w_down, d_y, sizes, backend):
+    y, vjp = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, backend=backend), x, scores, w_gate_up, w_down)
     return y, *vjp(d_y)
 
 
@@ -70,8 +74,18 @@ def test_other_backends_equal_the_products_by_hand_and_leave_empty_experts_at_ze
     arrays = experts(SIZES["some experts are empty"], d=width, f=width)
     got = jax.jit(partial(swiglu_and_gradients, backend=backend))(*arrays)
     assert_near(got, by_hand(*arrays), 3e-6)
-    assert not got[2][0].any()
-    assert not got[3][-1].any()
+    assert not got[3][0].any()
+    assert not got[4][-1].any()
+
+
+@pytest.mark.parametrize(("backend", "width"), [("blocks", D), ("dense", D), ("megablox", 128)])
+def test_rows_that_no_expert_owns_are_zero_and_reach_no_gradient(backend, width):
+    sizes, rows = SIZES["some experts are empty"], 300
+    x, scores, w_gate_up, w_down, d_y, counts = experts(sizes, d=width, f=width, rows=rows)
+    past = (jnp.arange(rows) >= sum(sizes))[:, None]
+    x, d_y = jnp.where(past, jnp.nan, x), jnp.where(past, jnp.inf, d_y)
+    arrays = (x, scores, w_gate_up, w_down, d_y, counts)
+    assert_near(jax.jit(partial(swiglu_and_gradients, backend=backend))(*arrays), by_hand(*arrays), 3e-6)
 
 
 def test_tokamax_products_equal_the_products_by_hand(monkeypatch):
@@ -82,7 +96,7 @@ def test_tokamax_products_equal_the_products_by_hand(monkeypatch):
 
 
 def test_one_product_equals_the_dense_form_in_values_and_gradients():
-    x, w, _, _, sizes = experts(SIZES["some experts are empty"])
+    x, _, w, _, _, sizes = experts(SIZES["some experts are empty"])
     d_y = jnp.cos(jnp.arange(x.shape[0] * 2.0 * F)).reshape(-1, 2 * F)
 
     @partial(jax.jit, static_argnums=0)
@@ -96,14 +110,14 @@ def test_one_product_equals_the_dense_form_in_values_and_gradients():
 def test_bfloat16_rounds_once_and_sums_weight_gradients_over_blocks_in_float32():
     arrays = experts([3000, 5], jnp.bfloat16)
     got = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
-    assert all(a.dtype == jnp.bfloat16 for a in got)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 2 + [jnp.float32] + [jnp.bfloat16] * 2
     for g, w in zip(got, by_hand(*arrays), strict=True):  # bfloat16 rounds by at most 2^-8 of the value, here once
         np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=1.01 * 2**-8, atol=1e-5 * np.abs(w).max())
 
 
 def test_empty_experts_get_a_gradient_of_exactly_zero():
     arrays = experts([0, 9, 0])
-    _, _, d_gate_up, d_down = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
+    *_, d_gate_up, d_down = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
     for gradient in (d_gate_up, d_down):
         assert not gradient[jnp.array([0, 2])].any()
         assert gradient[1].any()
@@ -112,7 +126,7 @@ def test_empty_experts_get_a_gradient_of_exactly_zero():
 def test_a_nan_in_one_experts_rows_stays_with_that_expert():
     x, *rest = experts([5, 40, 3])
     run = jax.jit(partial(swiglu_and_gradients, backend="blocks"))
-    y, d_x, d_gate_up, _ = run(x.at[:5].set(jnp.nan), *rest)
+    y, d_x, _, d_gate_up, _ = run(x.at[:5].set(jnp.nan), *rest)
     for a, bad in ((y, slice(5)), (d_x, slice(5)), (d_gate_up, slice(1))):
         assert jnp.isnan(a[bad]).all()
         assert not jnp.isnan(a[bad.stop :]).any()
@@ -123,19 +137,19 @@ def test_padding_the_experts_changes_neither_values_nor_gradients():
 
     @partial(jax.jit, static_argnums=0)
     def run(backend):
-        def padded(x, *weights):
+        def padded(x, scores, *weights):
             weights = grouped.pad_experts_for(backend, *weights)
             assert weights[1].shape[1] == (128 if backend == "tokamax" else F)
-            return grouped_swiglu(x, *weights, sizes, backend="blocks")
+            return grouped_swiglu(x, scores, *weights, sizes, backend="blocks")
 
-        y, vjp = jax.vjp(padded, *arrays[:3])
-        return y, *vjp(arrays[3])
+        y, vjp = jax.vjp(padded, *arrays[:4])
+        return y, *vjp(arrays[4])
 
     assert_near(run("tokamax"), run("blocks"), 1e-6)
 
 
 def test_padding_leaves_experts_of_a_fitting_width_alone():
-    _, w_gate_up, w_down, _, _ = experts([1, 1], f=256)
+    _, _, w_gate_up, w_down, _, _ = experts([1, 1], f=256)
     assert grouped.pad_experts_for("megablox", w_gate_up, w_down)[1] is w_down
 
 
@@ -177,24 +191,30 @@ def test_dispatch_gives_every_row_the_token_that_chose_its_expert():
 
 
 def test_dispatch_and_collect_are_each_others_transposes():
-    _, p, x, _, y, scores = routed()
-    ones = jnp.ones_like(scores)
-    np.testing.assert_allclose(jnp.vdot(dispatch(x, p, 3), y), jnp.vdot(x, collect(y, p, ones)), rtol=1e-5)
-    np.testing.assert_allclose(jax.vjp(lambda x: dispatch(x, p, 3), x)[1](y)[0], collect(y, p, ones), rtol=1e-6)
-    d_y, _ = jax.vjp(lambda y, s: collect(y, p, s), y, ones)[1](x)
-    np.testing.assert_array_equal(d_y, dispatch(x, p, 3))
+    _, p, x, _, y, _ = routed()
+    np.testing.assert_allclose(jnp.vdot(dispatch(x, p, 3), y), jnp.vdot(x, collect(y, p, 3)), rtol=1e-5)
+    np.testing.assert_allclose(jax.vjp(lambda x: dispatch(x, p, 3), x)[1](y)[0], collect(y, p, 3), rtol=1e-6)
+    np.testing.assert_array_equal(jax.vjp(lambda y: collect(y, p, 3), y)[1](x)[0], dispatch(x, p, 3))
 
 
-def test_collect_weighs_each_choice_with_its_score_in_values_and_gradients():
+def test_collect_adds_up_the_choices_of_each_token():
     _, p, _, g, y, scores = routed()
 
-    def one_hot(y, scores):
+    def one_hot(y):
         choices = jax.nn.one_hot(p.order, p.order.size, axis=0) @ y
-        return jnp.einsum("tad,ta->td", choices.reshape(*scores.shape, D), scores)
+        return choices.reshape(*scores.shape, D).sum(axis=1)
 
-    out, vjp = jax.vjp(lambda y, s: collect(y, p, s), y, scores)
-    expected, expected_vjp = jax.vjp(one_hot, y, scores)
+    out, vjp = jax.vjp(lambda y: collect(y, p, 3), y)
+    expected, expected_vjp = jax.vjp(one_hot, y)
     assert_near([out, *vjp(g)], [expected, *expected_vjp(g)], 1e-6)
+
+
+def test_sorting_gives_every_row_the_score_of_its_choice():
+    _, p, *_, scores = routed()
+    flat = scores.reshape(-1, 1)
+    rows, vjp = jax.vjp(lambda s: sort(s, p), flat)
+    np.testing.assert_array_equal(rows, flat[p.order])
+    np.testing.assert_array_equal(vjp(rows)[0], flat)
 
 
 def test_unsort_restores_token_order_and_its_gradient_sorts():
@@ -205,12 +225,12 @@ def test_unsort_restores_token_order_and_its_gradient_sorts():
 
 
 def test_combining_bfloat16_rows_sums_in_float32_and_returns_bfloat16():
-    _, p, _, _, _, scores = routed(tokens=4, active=5)
+    _, p, *_ = routed(tokens=4, active=5)
     y = jnp.where(jnp.arange(20)[:, None] < 1, 256.0, 1.0).repeat(D, 1).astype(jnp.bfloat16)[p.order]
-    out, vjp = jax.vjp(lambda y, s: collect(y, p, s), y, jnp.ones_like(scores))
+    out, vjp = jax.vjp(lambda y: collect(y, p, 5), y)
     assert out.dtype == jnp.bfloat16
     assert out[0, 0] == 260  # 256 + 1 is 256 in bfloat16
-    assert [a.dtype for a in vjp(out)] == [jnp.bfloat16, jnp.float32]
+    assert vjp(out)[0].dtype == jnp.bfloat16
     (d_x,) = jax.vjp(lambda x: dispatch(x, p, 5), out)[1](y)
     assert d_x.dtype == jnp.bfloat16
     assert d_x[0, 0] == 260
@@ -221,15 +241,16 @@ def depth_loop(x, w_gate_up, w_down, scores, ids, backend):
 
     def layer(x, ids):
         p = plan(ids, w_down.shape[0])
-        rows = grouped_swiglu(dispatch(x, p, ids.shape[1]), w_gate_up, w_down, p.sizes, backend=backend)
-        return x + collect(rows, p, scores), None
+        weights = sort(scores.reshape(-1, 1), p)
+        rows = grouped_swiglu(dispatch(x, p, ids.shape[1]), weights, w_gate_up, w_down, p.sizes, backend=backend)
+        return x + collect(rows, p, ids.shape[1]), None
 
     return jax.lax.scan(jax.checkpoint(layer), x, ids)[0]
 
 
 def sharded_gradients(width, backend):
     """Value and gradients of the depth loop over four devices with replicated weights; and arguments for it."""
-    x, w_gate_up, w_down, _, _ = experts([10] * 4, d=width, f=width)
+    x, _, w_gate_up, w_down, _, _ = experts([10] * 4, d=width, f=width)
     scores = jax.random.uniform(jax.random.key(0), (40, 2))
     ids = jax.random.randint(jax.random.key(1), (3, 40, 2), 0, 4, jnp.int32)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -258,12 +279,12 @@ def test_a_checkpointed_depth_loop_under_shard_map_equals_the_same_loop_on_one_d
 def test_megablox_lowers_for_tpus_inside_the_same_loop():
     run, arrays = sharded_gradients(128, "megablox")
     program = run.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
-    # two products: forward; forward again under checkpoint, d_x and d_w of each
-    assert program.count("tpu_custom_call") == 8
+    # two products forward, d_x and d_w of each; under checkpoint the first again: no gradient needs the second
+    assert program.count("tpu_custom_call") == 7
 
 
 def test_weights_and_rows_that_vary_over_different_mesh_axes_meet():
-    x, w, _, _, sizes = experts([6, 10])
+    x, _, w, _, _, sizes = experts([6, 10])
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def f(x, w, backend):
@@ -287,6 +308,6 @@ def test_platforms_have_a_backend_and_unknown_ones_an_error():
 
 def test_without_tokamax_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokamax", None)
-    x, w, _, _, sizes = experts([1, 1])
+    x, _, w, _, _, sizes = experts([1, 1])
     with pytest.raises(ImportError, match=r"dreamer-jax\[gpu\]"):
         grouped_matmul(x, w, sizes, backend="tokamax")

@@ -1,0 +1,89 @@
+"""Every mesh trains like one device: losses, gradients, router counts and biases."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamer_jax.config import KernelConfig, MeshConfig
+from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.sharding import make_mesh
+from dreamer_jax.training.step import init_state, make_train_step
+from tests.training.test_step import batch_of, config_of
+
+STEPS = 5
+MESHES = [
+    (8 // (fsdp * expert), fsdp, expert) for fsdp in (1, 2, 4, 8) for expert in (1, 2, 4, 8) if fsdp * expert <= 8
+]
+
+
+def run(variant, folder, sizes, **train):
+    """(state, what the steps reported) after a few steps on a mesh (data, fsdp, expert).
+
+    With the reference backends, which compile sooner: how products are formed does not depend on the mesh.
+    """
+    config = config_of(variant, folder, **train)
+    config = dataclasses.replace(config, kernels=KernelConfig(attention="dense", grouped_matmul="dense"))
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
+    compute = Compute.of(config, mesh)
+    graph, state = init_state(config, mesh)
+    step = make_train_step(config, compute, mesh, graph)
+    results = []
+    for i in range(STEPS):
+        state, result = step(state, batch_of(config, seed=i))
+        results.append(result)
+    return jax.device_get((state, results))
+
+
+@functools.cache
+def one_device(variant, folder):
+    return run(variant, folder, (1, 1, 1))
+
+
+def assert_same_training(actual, expected):
+    """Equal up to the order in which float32 sums are taken: 1e-6 relative for a sum of thousands, a few times that
+    after five updates. Counts and biases are integers and signs of integers: equal to the bit.
+
+    The first moments are the gradients' running means: they compare gradients array by array. Parameters are compared
+    on the scale of an update, because Adam turns the rounding of a zero gradient into up to a learning rate.
+    """
+    (state, results), (expected_state, expected_results) = actual, expected
+    for result, wanted in zip(results, expected_results, strict=True):
+        np.testing.assert_allclose(result.loss, wanted.loss, rtol=5e-6)
+        np.testing.assert_allclose(result.gradient_norm, wanted.gradient_norm, rtol=5e-5)
+        for kind, figures in wanted.figures.routers.items():
+            np.testing.assert_array_equal(result.figures.routers[kind].counts, figures.counts)
+    jax.tree.map(np.testing.assert_array_equal, state.biases, expected_state.biases)
+    gradients, wanted = (jax.tree.leaves(s.optimizer[1][0].mu) for s in (state, expected_state))
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(b).max(), 1e-9))
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+        assert np.mean(np.abs(a - b)) < 2e-5 * np.mean(np.abs(b)) + 1e-7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "data {} fsdp {} expert {}".format(*sizes))
+@pytest.mark.parametrize("variant", ["LA", "DR", "DR+DA"])
+def test_every_mesh_trains_like_one_device(variant, sizes, folder):
+    assert_same_training(run(variant, folder, sizes), one_device(variant, folder))
+
+
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_microbatches_and_remat_do_not_change_training_on_a_mesh(remat, folder):
+    assert_same_training(run("DR+DA", folder, (1, 1, 4), microbatches=2, remat=remat), one_device("DR+DA", folder))
+
+
+def test_parameters_and_moments_lie_split_between_steps(folder):
+    config = config_of("DR+DA", folder)
+    _, state = init_state(config, make_mesh(MeshConfig(2, 2, 2)))
+    for tree in (state.params, state.optimizer[1][0].mu):
+        w = tree["layer"]["ea"]["w_down"][...]
+        assert w.addressable_shards[0].data.shape == (*w.shape[:-1], w.shape[-1] // 4)
+    assert jnp.size(state.params["residual_norm"][...].addressable_shards[0].data) == config.model.width
