@@ -299,6 +299,22 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How soon a run of many processes notices that one of them fails."""
+
+    heartbeat_s: int = 10
+    """Seconds without a sign of life after which a process counts as dead, and all others end."""
+    hang_s: int = 600
+    """Seconds without a finished step after which a process shows where it is and ends; ten times as many for what
+    compiles or writes much (first step, validation, checkpoints). 0 never ends it, for debuggers."""
+
+    def __post_init__(self) -> None:
+        """Check what no single key shows."""
+        _require(self.heartbeat_s >= 2, f"distributed.heartbeat_s = {self.heartbeat_s}: must be at least 2")
+        _require(self.hang_s >= 0, f"distributed.hang_s = {self.hang_s}: must be 0 (never) or more")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything about a run."""
 
@@ -314,6 +330,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def run_dir(self) -> Path:

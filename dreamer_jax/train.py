@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dreamer_jax import config as configuration
 from dreamer_jax.config import Config, ConfigError
+from dreamer_jax.distributed import joined
 
 if TYPE_CHECKING:
     from dreamer_jax.training.loop import Summary
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
 
 Trains the model of a config file; run again, it resumes from the newest checkpoint of the run's folder.
+The same command in every process of a cluster makes them one run (docs/processes.md).
 `--config FILE --help` lists every key of the config with its default."""
 
 
@@ -42,10 +44,13 @@ def parse(arguments: list[str]) -> Config:
 
 def run(config: Config) -> int:
     """Train and say what came of it."""
-    from dreamer_jax.training.loop import train  # late, so that --help and config errors do not wait for JAX
-
     started = time.monotonic()
-    summary = train(config)
+    with joined(config.distributed) as group:
+        from dreamer_jax.training.loop import train  # late, so that --help and config errors do not wait for JAX
+
+        summary = train(config, group)
+    if group.index:
+        return 0  # the rest is process 0's, on its own
     minutes = (time.monotonic() - started) / 60
     if summary.stopped_by:
         print(f"{summary.stopped_by}: saved step {summary.step} in {config.run_dir}; the same command resumes there.")

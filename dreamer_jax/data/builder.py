@@ -49,8 +49,8 @@ VERSION = 1
 SPLITS: tuple[Split, ...] = ("train", "validation")
 EXAMPLES = 4
 """Held-out exercises of each source that the report quotes, for samples during training."""
-WAIT_SECONDS = 3600.0
-"""How long a process waits for another one's preparation."""
+VISIBLE_SECONDS = 60.0
+"""How long a network file system may take to show one machine what another has written."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def prepare(config: Config, *, process_index: int = 0) -> Prepared:
 
     Args:
         config: `data` says what and how, `model.vocab` the size of a trained tokenizer.
-        process_index: process 0 builds; any other waits until the folder is there.
+        process_index: process 0 builds; any other opens what it has built, and is to be called after it.
 
     Raises:
         DataError: raw files, rows, tokenizer or cache that cannot be used, with the cause and the mend.
@@ -157,11 +157,12 @@ def _check(config: Config) -> None:
 
 def _wait_for(directory: Path) -> None:
     """Return when the folder exists, which the rename makes the same as being whole."""
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + VISIBLE_SECONDS
     while not directory.is_dir():
         if time.monotonic() > deadline:
             raise DataError(
-                f"waited {WAIT_SECONDS:.0f} s for process 0 to prepare '{directory}'; is data.cache shared?"
+                f"process 0 has prepared the data, but '{directory}' is not there for this process: data.cache must be "
+                f"on a file system that all processes share, and the raw files the same for all"
             )
         time.sleep(0.2)
 

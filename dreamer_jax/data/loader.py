@@ -1,11 +1,12 @@
 """Batches: the mixture of the sources' rows, read from ArrayRecord through Grain.
 
 Row i of the mixture, and with it batch s = rows s*B .. (s+1)*B - 1, depends on the prepared data, the weights, the seed
-and i only. Position in the stream is therefore the step, and each of P processes takes its part of every batch.
+and i only. Position in the stream is therefore the step, and each process reads the rows of every batch that its own
+devices hold.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -48,6 +49,25 @@ class PackedRows:
                 f"damaged: delete the folder '{self._directory}' and start again"
             ) from error
         return lay_out(found, self._context)
+
+
+class HeldRows:
+    """Some rows of every batch, batch after batch; a Grain random-access source."""
+
+    def __init__(self, stream: grain.MapDataset, batch: int, held: Sequence[int]):
+        self._stream, self._batch, self._held = stream, batch, tuple(held)
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch * len(self._held)
+
+    def __repr__(self) -> str:
+        return f"HeldRows({self._stream!r}, rows {self._held} of {self._batch})"
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, place = divmod(int(index), len(self._held))
+        row = self._stream[step * self._batch + self._held[place]]
+        assert row is not None  # no dataset here filters
+        return row
 
 
 def lay_out(documents: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]:
@@ -97,28 +117,26 @@ def batches(
     *,
     split: Split,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    held: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's part of every batch from `start_step` on; close the iterator to end its threads.
+    """Every batch from `start_step` on, or its rows `held` in their order; close the iterator to end its threads.
 
     Training batches never end. Validation is the first `train.validation_batches` batches of the held-out rows in a
     fixed order, the same at every call; where the held-out rows are fewer there are fewer batches, and the last is
     filled up with empty rows (segment ids all 0): no row comes twice.
 
     Returns:
-        Arrays [B / process_count, T] as `lay_out` describes them.
+        Arrays [B, T], or [len(held), T], as `lay_out` describes them.
 
     Raises:
-        DataError: B is not a multiple of the processes; a damaged cache.
+        DataError: a damaged cache.
     """
-    if config.train.batch % process_count:
-        raise DataError(f"train.batch = {config.train.batch} is not a multiple of the {process_count} processes")
-    local = config.train.batch // process_count
+    held = range(config.train.batch) if held is None else held
     stream = rows(prepared, config, split)
     if split == "validation":
         stream = _whole_batches(stream, config)
-    parts = stream.batch(local)[start_step * process_count + process_index :: process_count]
+    chosen = grain.MapDataset.source(HeldRows(stream, config.train.batch, held))
+    parts = chosen.batch(len(held))[start_step:]
     options = grain.ReadOptions(num_threads=min(1, config.data.prefetch), prefetch_buffer_size=config.data.prefetch)
     return _closing(iter(parts.to_iter_dataset(options)))
 

@@ -58,9 +58,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Finish the save in progress."""
-        self._manager.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Finish the save in progress; not after an error among many processes, which may never join in."""
+        if error is None or jax.process_count() == 1:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:

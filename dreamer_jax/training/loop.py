@@ -15,11 +15,20 @@ from dreamer_jax.accounting.flops import peak_flops, training_flops
 from dreamer_jax.config import Config, ConfigError
 from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
 from dreamer_jax.data.loader import batches
+from dreamer_jax.distributed import DistributedError, Group
 from dreamer_jax.model.dreamer import Compute
 from dreamer_jax.training import metrics
-from dreamer_jax.training.checkpoint import Checkpoints, changed_keys, check_tokenizer, write_run_files
+from dreamer_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    changed_keys,
+    check_tokenizer,
+    write_run_files,
+)
 from dreamer_jax.training.metrics import Sinks
-from dreamer_jax.training.preemption import Preemption, preemption
+from dreamer_jax.training.preemption import Agreement, preemption
+from dreamer_jax.training.rows import held_rows, place_rows
+from dreamer_jax.training.run_folder import claimed
 from dreamer_jax.training.step import StepResult, TrainState, init_state, make_evaluation, make_train_step
 
 
@@ -33,7 +42,7 @@ class Summary(NamedTuple):
     config: Config
     step: int
     stopped_by: str | None
-    """Name of the signal that ended it early."""
+    """Name of the signal that ended it early, whichever process it came to."""
     train_loss: float | None
     validation_loss: float | None
     unigram_entropy: float
@@ -43,27 +52,42 @@ class Summary(NamedTuple):
     prepared: Prepared
 
 
-def train(config: Config) -> Summary:
+def train(config: Config, group: Group | None = None) -> Summary:
     """Train to `train.steps`, from the newest checkpoint of the run folder if there is one.
+
+    Args:
+        config: the run.
+        group: the processes that take part, each of which calls this; process 0 prints and writes records.
 
     Raises:
         ConfigError: the config does not fit the devices, or differs in its model from the run's checkpoints.
         TrainingDiverged: `train.max_bad_steps` steps in a row had a non-finite loss or gradient.
     """
+    group = group or Group()
+    if jax.process_count() != group.count:
+        raise DistributedError(
+            "JAX has several processes: call train inside of `with distributed.joined(...) as group`"
+        )
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, config.train.microbatches, mesh)
-    prepared = prepare(config, process_index=jax.process_index())
+    prepared = _prepared(config, group)
+    group.beat("the initialisation", slow=True)
     graph, state = init_state(config, mesh)
-    with Checkpoints(config.run_dir, config.checkpoint) as checkpoints, preemption() as asked:
-        state, start = _resumed(config, checkpoints, state, prepared)
-        if jax.process_index() == 0:
+    with (
+        claimed(config.run_dir, group),
+        Checkpoints(config.run_dir, config.checkpoint) as checkpoints,
+        preemption() as asked,
+    ):
+        state, start = _resumed(config, checkpoints, state, prepared, group)
+        if group.index == 0:
             write_run_files(config.run_dir, config, prepared.tokenizer)
-        with Sinks(config, step=start, process=jax.process_index()) as sinks:
-            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, asked)
+        with Sinks(config, step=start, process=group.index) as sinks:
+            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, Agreement(asked, mesh), group)
             state, step = run.steps(state, start)
-            checkpoints.save(config, state, step)
+            run.save(state, step)
+            group.beat("writing the last checkpoint", slow=True)
             checkpoints.wait()
-            stopped_by = asked.signal_name if step < config.train.steps else None
+            stopped_by = (asked.signal_name or "a signal to another process") if step < config.train.steps else None
             recorded = metrics.has_record(config.run_dir / "metrics.jsonl", step, "validation/loss")
             validation = None if stopped_by else run.validate(state, step, record=not recorded)
     # One device: kernels do not run on arrays spread over several outside of shard_map.
@@ -73,9 +97,24 @@ def train(config: Config) -> Summary:
     return Summary(config, step, stopped_by, run.last_loss, validation, entropy, model, prepared)
 
 
-def _resumed(config: Config, checkpoints: Checkpoints, state: TrainState, prepared: Prepared) -> tuple[TrainState, int]:
+def _prepared(config: Config, group: Group) -> Prepared:
+    """The data, which process 0 prepares while the others wait."""
+    prepared = prepare(config) if group.index == 0 else None
+    group.told("the data are prepared")
+    return prepared or prepare(config, process_index=group.index)
+
+
+def _resumed(
+    config: Config, checkpoints: Checkpoints, state: TrainState, prepared: Prepared, group: Group
+) -> tuple[TrainState, int]:
     """The state to start from and the steps that it has behind it."""
     step = checkpoints.latest
+    first = group.told("newest checkpoint", str(step))
+    if first != str(step):
+        raise CheckpointError(
+            f"the newest checkpoint of {checkpoints.directory} is {step} here and {first} for process 0: the folder "
+            f"must be on a file system that all processes share"
+        )
     if step is None:
         return state, 0
     changed = changed_keys(checkpoints.config(step), config)
@@ -84,6 +123,8 @@ def _resumed(config: Config, checkpoints: Checkpoints, state: TrainState, prepar
             f"{config.run_dir} holds checkpoints of another model (differs in {', '.join(changed)}); "
             f"give the run another --name, or delete the folder"
         )
+    if group.index:
+        return checkpoints.restore(state, step), step
     check_tokenizer(config.run_dir, prepared.tokenizer)
     note = f"; changed since it was written: {', '.join(changed)}" if changed else ""
     print(f"resuming from step {step} of {checkpoints.directory}{note}", flush=True)
@@ -100,7 +141,8 @@ class _Run:
     prepared: Prepared
     checkpoints: Checkpoints
     sinks: Sinks
-    asked: Preemption
+    agreement: Agreement
+    group: Group
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
@@ -108,6 +150,8 @@ class _Run:
         self.evaluation = make_evaluation(self.config, compute, self.mesh, self.graph)
         self.last_loss: float | None = None
         self.reporter = _Reporter(self.config, self.mesh.size)
+        self.place = sharding.batch_sharding(self.mesh)
+        self.held = held_rows(self.place, self.config.train.batch)
 
     def steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Take steps until the end or a signal; returns the state and the number of steps behind it.
@@ -116,6 +160,7 @@ class _Run:
         """
         pending: tuple[int, StepResult, Any] | None = None
         step = start
+        self.group.beat(f"step {start + 1}", slow=True)
         for step, batch in enumerate(self.batches("train", start), start + 1):
             state, result = self.train_step(state, batch)
             # The step donates its state, so what the report needs of the new one is copied here.
@@ -130,16 +175,23 @@ class _Run:
             if self._validates(step):
                 self.validate(state, step)
             if self._saves(step):
-                self.checkpoints.save(self.config, state, step)
-            if step == self.config.train.steps or self.asked.signal_name:
+                self.save(state, step)
+            if self.agreement.stop() or step == self.config.train.steps:
                 break
         if pending:
             self.read(*pending)
         return state, step
 
+    def save(self, state: TrainState, step: int) -> None:
+        """Start to write a checkpoint."""
+        self.group.beat(f"the checkpoint of step {step}", slow=True)
+        self.checkpoints.save(self.config, state, step)
+        self.group.beat(f"step {step + 1}")
+
     def read(self, step: int, result: StepResult, biases: Any) -> None:
         """Report a step whose figures are ready, and stop the run if it diverges."""
         self.reporter.count(int(result.figures.tokens))
+        self.group.beat(f"step {step + 1}")
         self.last_loss = float(result.loss)
         bad = int(result.bad_in_a_row)
         if bad >= self.config.train.max_bad_steps:
@@ -157,10 +209,12 @@ class _Run:
         """Mean held-out loss; None where there are no held-out rows."""
         total, count = 0.0, 0.0
         started = time.monotonic()
+        self.group.beat(f"the validation of step {step}", slow=True)
         for batch in self.batches("validation", 0):
             loss, positions = self.evaluation(state.params, state.biases, batch)
             total, count = total + float(loss), count + float(positions)
         self.reporter.pause(time.monotonic() - started)
+        self.group.beat(f"step {step + 1}")
         if count == 0:
             return None
         if record:
@@ -171,17 +225,8 @@ class _Run:
         """Batches on the devices."""
         if split == "train" and start >= self.config.train.steps:
             return
-        place = sharding.batch_sharding(self.mesh)
-        rows = batches(
-            self.prepared,
-            self.config,
-            split=split,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for batch in rows:
-            yield {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}
+        for batch in batches(self.prepared, self.config, split=split, start_step=start, held=self.held):
+            yield place_rows(self.place, self.config.train.batch, self.held, batch)
 
     def _reports(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)

@@ -1,0 +1,276 @@
+"""Several processes are one run: the same figures, and none outlives the failure of another."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from dreamer_jax import convert, distributed
+from dreamer_jax.config import DistributedConfig
+from dreamer_jax.distributed import DistributedError, Group, explicit_place
+from dreamer_jax.sharding import make_mesh
+from dreamer_jax.training import loop
+from dreamer_jax.training.checkpoint import Checkpoints, load_model
+from dreamer_jax.training.rows import held_rows, place_rows
+from dreamer_jax.training.run_folder import RunFolderError, claimed
+from dreamer_jax.training.step import init_state
+from tests.training.worker import FAULT_STEP, HANG_SECONDS, LAST, config_of, once
+
+ROOT = Path(__file__).parents[2]
+
+
+class Ended(NamedTuple):
+    code: int
+    output: str
+    at: float
+    """When the output ended."""
+    struck: float | None
+    """When the fault was announced."""
+
+
+def environment(devices, **extra):
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)} | extra
+
+
+def launch(folder, *jobs, processes, devices):
+    """The workers, and a function that waits for them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    ended: dict[int, Ended] = {}
+
+    def run(index):
+        place = {"COORDINATOR": f"localhost:{port}", "PROCESSES": str(processes), "PROCESS": str(index)}
+        command = [sys.executable, "-u", "-m", "tests.training.worker", str(folder), *jobs]
+        variables = environment(devices, **{f"DREAMER_{name}": value for name, value in place.items()})
+        lines, struck = [], None
+        with subprocess.Popen(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            guard = threading.Timer(240, process.kill)
+            guard.start()
+            for line in process.stdout:
+                lines.append(line)
+                struck = time.monotonic() if line == "now\n" else struck
+            guard.cancel()
+        ended[index] = Ended(process.returncode, "".join(lines), time.monotonic(), struck)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(processes)]
+    for thread in threads:
+        thread.start()
+
+    def wait():
+        for thread in threads:
+            thread.join()
+        return [ended[i] for i in range(processes)]
+
+    return wait
+
+
+def cut_copy(folder, source, name):
+    """A run as it was after step 4, under another name."""
+    old, new = (config_of(folder, n).run_dir for n in (source, name))
+    shutil.copytree(old, new)
+    shutil.rmtree(new / "checkpoints" / "6")
+
+
+def records(folder, name):
+    lines = (config_of(folder, name).run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
+
+
+def assert_same_records(ours, theirs):
+    assert len(ours) == len(theirs) == 7
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            exact = "entropy" not in key and key.startswith(("router/", "steps/", "step"))
+            np.testing.assert_allclose(a[key], b[key], rtol=0 if exact else 2e-6, err_msg=f"{key} of step {a['step']}")
+
+
+def final_arrays(folder, name):
+    config = config_of(folder, name)
+    _, like = init_state(config, make_mesh(config.mesh))
+    with Checkpoints(config.run_dir) as checkpoints:
+        assert checkpoints.latest == 6
+        return jax.device_get(checkpoints.restore(like, 6))
+
+
+@pytest.fixture(scope="module")
+def train_alone():
+    """Trains in this process, on four devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", once(loop.make_train_step))
+        patch.setattr(loop, "make_evaluation", once(loop.make_evaluation))
+        patch.setattr(loop.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
+        yield loop.train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, train_alone):
+    """Runs of one process of four devices, and of two of two, which go on with its run and an interrupted one, too."""
+    folder = tmp_path_factory.mktemp("data")
+    train_alone(config_of(folder, "single"))
+    cut_copy(folder, "single", "one_to_two")
+    jobs = ("double", "one_to_two", "stopped:terminate", "stopped")
+    first, second = launch(folder, *jobs, processes=2, devices=2)()
+    assert first.code == second.code == 0, first.output + second.output
+    (folder / "first").write_text(first.output)
+    (folder / "second").write_text(second.output)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """Runs in which a process fails, each in its own way, at the same time."""
+    folder = tmp_path_factory.mktemp("failures")
+    from dreamer_jax.data.builder import prepare
+
+    prepare(config_of(folder, "any"))
+    waits = {fault: launch(folder, f"{fault}:{fault}", processes=2, devices=1) for fault in LAST}
+    return {fault: wait() for fault, wait in waits.items()}
+
+
+def test_two_processes_train_like_one(folder):
+    assert_same_records(records(folder, "double"), records(folder, "single"))
+    one, two = (load_model(config_of(folder, name).run_dir).model for name in ("single", "double"))
+    for name, array in convert.named_arrays(one).items():
+        tolerance = 0 if "bias" in name else 1e-5
+        np.testing.assert_allclose(convert.named_arrays(two)[name], array, atol=tolerance, err_msg=name)
+
+
+def test_a_run_goes_on_with_more_processes_or_fewer(folder, train_alone):
+    assert_same_records(records(folder, "one_to_two"), records(folder, "single"))
+    cut_copy(folder, "double", "two_to_one")
+    train_alone(config_of(folder, "two_to_one"))
+    assert_same_records(records(folder, "two_to_one"), records(folder, "single"))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(folder):
+    first, second = ((folder / name).read_text() for name in ("first", "second"))
+    [(at, by)] = re.findall(r"stopped ended at step (\d) by (.*\S)", first.split("resuming from step")[-2])[-1:]
+    assert FAULT_STEP <= int(at) < 6
+    assert by == "a signal to another process"
+    assert f"stopped ended at step {at} by SIGTERM" in second
+    assert f"resuming from step {at} of" in first
+    assert records(folder, "stopped") == records(folder, "double")
+    jax.tree.map(np.testing.assert_array_equal, final_arrays(folder, "stopped"), final_arrays(folder, "double"))
+
+
+def test_one_process_speaks_for_all(folder):
+    assert "tok/s" in (folder / "first").read_text()
+    assert re.fullmatch(r"((\[Gloo\] .*|now|\w+ ended at step .*)\n)*", (folder / "second").read_text())
+
+
+def announce(what, seconds):
+    """Show a measured time with pytest -s."""
+    print(f"\n{what}: all processes ended after {seconds:.1f} s")
+
+
+def test_a_killed_process_ends_the_others(failures):
+    survivor, killed = failures["kill"]
+    assert killed.code == -9
+    assert survivor.code not in (0, None)
+    # JAX's own message gives the bare number, and its abort may come before ours is out.
+    assert re.search(r"process 1 \(.*\) died: no heartbeat for 10 s|heartbeats\):\n1\n", survivor.output), (
+        survivor.output
+    )
+    announce("a killed process", survivor.at - killed.at)
+    assert survivor.at - killed.at < 25
+
+
+def test_the_end_of_process_0_ends_the_others(failures):
+    killed, survivor = failures["behead"]
+    assert killed.code == -9
+    assert survivor.code not in (0, None)
+    assert re.search(r"process 0 \(.*\) died: it no longer answers|leader task was preempted/died", survivor.output)
+    announce("process 0 killed", survivor.at - killed.at)
+    assert survivor.at - killed.at < 15
+
+
+def test_an_error_in_one_process_ends_the_others(failures):
+    other, failed = failures["fail"]
+    assert (other.code, failed.code) == (1, 1)
+    assert "ValueError: the disk is on fire" in failed.output
+    assert "Traceback" in failed.output
+    assert re.search(r"process 1 \(.*\) stopped: ValueError: the disk is on fire", other.output), other.output
+    announce("an error", max(other.at, failed.at) - failed.struck)
+    assert other.at - failed.struck < 15
+
+
+def test_a_hang_shows_where_every_process_is(failures):
+    other, hung = failures["hang"]
+    assert (other.code, hung.code) == (1, 1)
+    announce("a hang", max(other.at, hung.at) - hung.struck)
+    for ended in (other, hung):
+        assert re.search(rf"process \d \(.*\): no step finished for {HANG_SECONDS} s, in step \d", ended.output)
+        assert re.search(r"process \d \(.*\) ends; it was in step \d", ended.output)
+        assert "Thread 0x" in ended.output
+        assert ended.at - hung.struck < HANG_SECONDS + 15
+    assert "in strike" in hung.output
+
+
+def test_the_environment_places_a_process_or_says_what_is_wrong():
+    good = {"DREAMER_COORDINATOR": "host:1234", "DREAMER_PROCESSES": "2", "DREAMER_PROCESS": "1"}
+    assert explicit_place({}) is None
+    assert explicit_place(good | {"DREAMER_PROCESSES": "1", "DREAMER_PROCESS": "0"}) is None
+    assert explicit_place(good)["process_id"] == 1
+    for wrong, message in [
+        ({"DREAMER_PROCESS": ""}, r"DREAMER_COORDINATOR, DREAMER_PROCESSES without DREAMER_PROCESS: set all three"),
+        ({"DREAMER_COORDINATOR": "host"}, r"DREAMER_COORDINATOR = 'host': give host:port"),
+        ({"DREAMER_PROCESSES": "two"}, r"DREAMER_PROCESSES = 'two': give a whole number"),
+        ({"DREAMER_PROCESS": "2"}, r"DREAMER_PROCESS = 2 with DREAMER_PROCESSES = 2: give 0 to 1"),
+    ]:
+        with pytest.raises(DistributedError, match=message):
+            explicit_place(good | wrong)
+
+
+@pytest.mark.parametrize(("tasks", "found"), [("1", None), ("4", {})])
+def test_a_cluster_is_joined_if_it_has_several_processes(monkeypatch, tasks, found):
+    slurm = {"JOB_ID": "7", "STEP_NODELIST": "n[1-2]", "NTASKS": tasks, "PROCID": "0", "LOCALID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert distributed.detected_place() == found
+
+
+def test_a_folder_is_one_runs_at_a_time_and_the_same_for_all(tmp_path, monkeypatch):
+    with (
+        claimed(tmp_path, Group()),
+        pytest.raises(RunFolderError, match=r"in use by another run \(pid \d+ on .*--name"),
+        claimed(tmp_path, Group()),
+    ):
+        pass
+    monkeypatch.setattr("dreamer_jax.training.run_folder.VISIBLE_SECONDS", 0.1)
+    elsewhere = Group(DistributedConfig(), index=1, count=2)
+    monkeypatch.setattr(elsewhere, "told", lambda topic: "pid 1 on another")
+    with pytest.raises(RunFolderError, match="not the folder that process 0"), claimed(tmp_path, elsewhere):
+        pass
+
+
+def test_rows_lie_on_the_devices_that_ask_for_them():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4])[[2, 0, 3, 1]], ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    assert held_rows(place, 8) == tuple(range(8))
+    rows = np.arange(16).reshape(8, 2)
+    np.testing.assert_array_equal(place_rows(place, 8, range(8), {"tokens": rows})["tokens"], rows)
+
+
+def test_the_launcher_marks_lines_and_ends_with_the_failure(tmp_path):
+    command = [sys.executable, "launch/local.py", "--processes", "2", "--", "--config", str(tmp_path / "absent.py")]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    for index in range(2):
+        assert f"[{index}] error: config file '{tmp_path / 'absent.py'}' does not exist" in ended.stdout
