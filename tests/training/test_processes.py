@@ -25,7 +25,7 @@ from dreamer_jax.training.checkpoint import Checkpoints, load_model
 from dreamer_jax.training.rows import held_rows, place_rows
 from dreamer_jax.training.run_folder import RunFolderError, claimed
 from dreamer_jax.training.step import init_state
-from tests.training.worker import FAULT_STEP, HANG_SECONDS, LAST, config_of, once
+from tests.training.worker import FAULT_STEP, HANG_SECONDS, LAST, config_of, copied, once
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +113,7 @@ def final_arrays(folder, name):
 def train_alone():
     """Trains in this process, on four devices."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "init_state", copied(loop.init_state))
         patch.setattr(loop, "make_train_step", once(loop.make_train_step))
         patch.setattr(loop, "make_evaluation", once(loop.make_evaluation))
         patch.setattr(loop.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))

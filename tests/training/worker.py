@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from dreamer_jax.config import Config, DistributedConfig
+from dreamer_jax.config import Config, DistributedConfig, KernelConfig
 from dreamer_jax.distributed import joined
 from tests.training.toy import toy_config
 
@@ -23,7 +23,8 @@ LAST = ("kill", "behead", "fail", "hang")
 
 def config_of(folder: Path, name: str) -> Config:
     patience = DistributedConfig(hang_s=HANG_SECONDS) if name == "hang" else DistributedConfig()
-    return dataclasses.replace(toy_config(folder, remat="none"), name=name, distributed=patience)
+    plain = KernelConfig(attention="dense", grouped_matmul="dense")  # they compile soonest
+    return dataclasses.replace(toy_config(folder, remat="none"), name=name, kernels=plain, distributed=patience)
 
 
 def strike(fault: str) -> None:
@@ -74,12 +75,26 @@ def once(make):
     return shared
 
 
+def copied(init_state):
+    """Make the first state once, and give copies of it, since steps donate theirs."""
+    init_state = once(init_state)
+
+    def copy(*arguments):
+        import jax
+
+        graph, state = init_state(*arguments)
+        return graph, jax.tree.map(lambda array: array.copy(), state)
+
+    return copy
+
+
 def main() -> None:
     folder, jobs = Path(sys.argv[1]), [job.partition(":")[::2] for job in sys.argv[2:]]
     with joined(config_of(folder, jobs[0][0]).distributed) as group:
         from dreamer_jax.training import loop
 
-        loop.make_train_step, loop.make_evaluation = once(loop.make_train_step), once(loop.make_evaluation)
+        loop.init_state, loop.make_train_step = copied(loop.init_state), once(loop.make_train_step)
+        loop.make_evaluation = once(loop.make_evaluation)
         batches, fault = loop.batches, ""
 
         def faulty_batches(*arguments, split, start_step=0, **keywords):
