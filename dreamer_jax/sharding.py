@@ -142,6 +142,12 @@ def at_work(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return x
 
 
+def moves(axes: Sequence[str]) -> bool:
+    """Inside shard_map: whether `at_work` has anything to send of an array with these axes."""
+    layouts = ((_dimension(axes, axis, "rest"), _dimension(axes, axis, "work")) for axis in AXES)
+    return any(lax.axis_size(axis) > 1 and rest != work for axis, (rest, work) in zip(AXES, layouts, strict=True))
+
+
 def varying(x: jax.Array) -> jax.Array:
     """Inside shard_map: let every device have, and differentiate, its own copy."""
     known = jax.typeof(x).manual_axis_type.varying

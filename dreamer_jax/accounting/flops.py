@@ -1,4 +1,4 @@
-"""FLOPs per token by component (3.8, Table 1), for generation and for training, and the peaks that MFU divides by.
+"""FLOPs per token by component (3.8, Table 1), for generation and for training.
 
 A FLOP count is twice the multiply-accumulates of all matrix products. Norms, activations, softmaxes, sorting and the
 optimizer are left out. Shared experts cost nothing because they are merged (Eq. 8): once for inference, and once per
@@ -86,30 +86,3 @@ def score_gradient_flops(config: ModelConfig) -> float:
 def _da_products(config: ModelConfig) -> int:
     """Multiply-accumulates of DA for each depth it attends to."""
     return 2 * config.da_heads * config.da_head_size if config.depth_attention else 0
-
-
-# Dense bfloat16 peaks in FLOP/s from the makers' data sheets (those that quote sparse figures, halved), by what JAX
-# calls the device. The first match counts: special models stand before the general name.
-_PEAKS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H200 NVL", 835e12),
-    ("A100", 312e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a device, given its `jax.Device.device_kind`; None if unknown, such as for CPUs."""
-    # A slice of a GPU has the whole one's name, and an unknown part of its peak. GB200 and TPU v4 lite are other chips.
-    if any(word in device_kind for word in ("MIG", "GB200", "v4 lite")):
-        return None
-    return next((peak for name, peak in _PEAKS if name in device_kind), None)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer_jax.config import Config, ModelConfig
 from dreamer_jax.model import attend, grouped_matmul
 from dreamer_jax.model.depth_attention import DepthCache
-from dreamer_jax.model.expert_parallel import Exchange, Transport, default_transport
+from dreamer_jax.model.expert_parallel import SLACK, Exchange, Transport, default_transport
 from dreamer_jax.model.mixture import Layer, LayerOutput
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import cast_matrices, input_std, matrix, norm, taken_apart
@@ -56,7 +56,8 @@ def _exchange(choice: Literal["auto"] | Transport, mesh: Mesh | None, platform: 
     devices = mesh.shape["expert"] if mesh else 1
     if devices == 1:
         return None
-    return Exchange("expert", devices, default_transport(platform) if choice == "auto" else choice)
+    transport = default_transport(platform) if choice == "auto" else choice
+    return Exchange("expert", devices, transport, SLACK[transport])
 
 
 class RouterFigures(NamedTuple):

@@ -24,8 +24,9 @@ from dreamer_jax.model.grouped_matmul import Backend, Plan, grouped_swiglu, plan
 
 Transport = Literal["all_to_all", "ragged_all_to_all"]
 
-SLACK = 2
-"""Rows that a round may carry between two devices, in multiples of an even share. Most routings fit one round."""
+SLACK: dict[Transport, float] = {"all_to_all": 1.5, "ragged_all_to_all": 2.0}
+"""Rows that a round may carry between two devices, in multiples of an even share. Balanced routings fit one round; what
+is not used costs all_to_all time on the wire, and the ragged transport only memory."""
 
 
 class Exchange(NamedTuple):
@@ -34,7 +35,7 @@ class Exchange(NamedTuple):
     axis: str
     devices: int
     transport: Transport
-    slack: float = SLACK
+    slack: float
 
 
 def default_transport(platform: str) -> Transport:

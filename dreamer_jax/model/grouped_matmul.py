@@ -204,9 +204,13 @@ def _gate(gate_up):
 
 
 def _vary_together(*arrays):
-    """Inside shard_map, let all arrays vary over the union of their mesh axes. XLA drops the added zero."""
-    zeros = [jnp.zeros_like(a, shape=(), dtype=jnp.float32) for a in arrays]
-    return [a + sum(zeros[1:], zeros[0]).astype(a.dtype) for a in arrays]
+    """Inside shard_map, let all arrays vary over the union of their mesh axes.
+
+    What varies already stays the same array: the depth scan keeps weights apart from other residuals by identity.
+    """
+    own = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    every = frozenset().union(*own)
+    return [lax.pcast(a, tuple(every - o), to="varying") if every - o else a for a, o in zip(arrays, own, strict=True)]
 
 
 # dense: the reference

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dreamer_jax import sharding
-from dreamer_jax.accounting.flops import peak_flops, training_flops
+from dreamer_jax.accounting.flops import training_flops
+from dreamer_jax.accounting.hardware import peak_flops
 from dreamer_jax.config import Config, ConfigError
 from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
 from dreamer_jax.data.loader import batches

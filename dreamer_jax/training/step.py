@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from dreamer_jax.config import Config
 from dreamer_jax.model.dreamer import Compute, Dreamer, Figures, prepared
 from dreamer_jax.model.parameters import Matrix, taken_apart
-from dreamer_jax.sharding import AXES, at_work, spec_of, tree_shardings, tree_specs, varying
+from dreamer_jax.sharding import AXES, at_work, moves, spec_of, tree_shardings, tree_specs, varying
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import adamw, learning_rate, rebalanced
 
@@ -170,9 +170,10 @@ def working_weights(graph: Any, compute: Compute, biases: nnx.State, params: nnx
     _, ready, _ = taken_apart(prepared(nnx.merge(graph, params, biases), compute))
 
     def arrive(variable: nnx.Variable) -> nnx.Variable:
-        value = variable[...]
-        sent = value.astype(compute.dtype) if isinstance(variable, Matrix) else value
-        return variable.replace(at_work(sent, variable.get_metadata()["axes"]).astype(value.dtype))
+        value, axes = variable[...], variable.get_metadata()["axes"]
+        smaller = isinstance(variable, Matrix) and moves(axes)
+        sent = value.astype(compute.dtype) if smaller else value
+        return variable.replace(at_work(sent, axes).astype(value.dtype))
 
     return jax.tree.map(arrive, ready, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -1,0 +1,290 @@
+"""What a config costs, as one record for machines and as tables for people."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dreamer_jax.accounting.fit import (
+    HEADROOM,
+    changes_that_fit,
+    largest_microbatch,
+    tokens_per_second,
+    training_days,
+)
+from dreamer_jax.accounting.flops import forward_flops, generated_flops, mean_context, training_flops
+from dreamer_jax.accounting.hardware import GIB, Hardware
+from dreamer_jax.accounting.match import Move
+from dreamer_jax.accounting.memory import (
+    compute_bytes,
+    generation_memory,
+    table_1_memory,
+    training_memory,
+)
+from dreamer_jax.accounting.params import active_parameters, parameters
+from dreamer_jax.config import Config
+
+GENERATED = 1024
+"""Tokens of the generation that Table 1 averages over."""
+PAPER_TOKENS = 100e9
+
+Record = dict[str, Any]
+
+
+def plan_record(config: Config, mesh: Mapping[str, int], device: Hardware, mfu: float) -> Record:
+    """Parameters, FLOPs per token, bytes per device, whether it fits and, where a peak is known, how fast it may be."""
+    model, devices = config.model, math.prod(mesh.values())
+    memory = training_memory(config, mesh, device.platform)
+    training = training_flops(model, config.data.context)
+    record: Record = {
+        "name": config.name,
+        "model": {
+            "variant": model.variant,
+            "depth": model.depth,
+            "width": model.width,
+            "experts": model.experts,
+            "active_experts": model.active_experts,
+            "expert_width": model.expert_width,
+        },
+        "batch": {
+            "rows": config.train.batch,
+            "context": config.data.context,
+            "microbatches": config.train.microbatches,
+            "tokens": config.tokens_per_step,
+            "dtype": config.train.dtype,
+            "remat": config.train.remat,
+        },
+        "mesh": dict(mesh),
+        "devices": devices,
+        "parameters": parameters(model).by_component() | {"total": parameters(model).total},
+        "active_parameters": active_parameters(model).by_component() | {"total": active_parameters(model).total},
+        "flops_per_token": {
+            "training": training.by_component() | {"total": training.total},
+            "prefill": _with_total(forward_flops(model, mean_context(config.data.context))),
+            "generated": _with_total(generated_flops(model, GENERATED)),
+        },
+        "training_memory": memory.by_component() | {"at_rest": memory.at_rest, "total": memory.total},
+        "generation_memory": generation_memory(model, batch=1, length=GENERATED, size=compute_bytes(config))
+        | {"table_1": table_1_memory(model, GENERATED)},
+        "device": _on_device(config, mesh, device, mfu),
+    }
+    return record
+
+
+def _with_total(count: Any) -> dict[str, float]:
+    return count.by_component() | {"total": count.total}
+
+
+def _on_device(config: Config, mesh: Mapping[str, int], device: Hardware, mfu: float) -> Record:
+    share = training_memory(config, mesh, device.platform).total / device.memory
+    fits = share <= 1 - HEADROOM
+    changes = [] if fits else changes_that_fit(config, mesh, device.platform, device.memory)
+    return {
+        "name": device.name,
+        "memory": device.memory,
+        "share": share,
+        "fits": fits,
+        "largest_microbatch": largest_microbatch(config, mesh, device.platform, device.memory),
+        "changes": [
+            {"overrides": list(change.overrides), "devices": change.devices, "share": change.share}
+            for change in changes
+        ],
+    } | (_speed(config, math.prod(mesh.values()), device.peak, mfu) if device.peak else {})
+
+
+def _speed(config: Config, devices: int, peak: float, mfu: float) -> Record:
+    speed = tokens_per_second(config, devices, peak, mfu)
+    return {
+        "peak": peak,
+        "mfu": mfu,
+        "tokens_per_second": speed,
+        "days_of_run": training_days(config.train.steps * config.tokens_per_step, speed),
+        "days_of_100b_tokens": training_days(PAPER_TOKENS, speed),
+    }
+
+
+def match_record(moves: Sequence[Move]) -> list[Record]:
+    """The turns of the matching solver."""
+    return [
+        {
+            "moved": move.moved,
+            "expert_width": move.config.expert_width,
+            "experts": move.config.experts,
+            "flops": move.flops,
+            "flops_share": move.flops_share,
+            "parameters": move.parameters,
+            "parameters_share": move.parameters_share,
+        }
+        for move in moves
+    ]
+
+
+def compiled_record(config: Config, mesh: Mapping[str, int], platform: str, compiled: Any) -> Record:
+    """XLA's figures of a `CompiledStep` beside the estimate, and what is sent beside the least that must be."""
+    estimate = training_memory(config, mesh, platform)
+    sent: dict[str, float] = {}
+    for item in compiled.collectives:
+        place = "in the depth loop" if item.in_loop else "once per step"
+        sent[f"{item.kind}, {place}"] = sent.get(f"{item.kind}, {place}", 0.0) + item.sent
+    return {
+        "device_kind": compiled.device_kind,
+        "seconds": compiled.seconds,
+        "arguments": compiled.arguments,
+        "estimated_arguments": estimate.at_rest,
+        "temporaries": compiled.temporaries,
+        "estimated_temporaries": estimate.temporary,
+        "code": compiled.code,
+        "flops_with_loops_once": compiled.flops,
+        "sent": sent,
+        "least": least_sent(config, mesh),
+    }
+
+
+def least_sent(config: Config, mesh: Mapping[str, int]) -> dict[str, float]:
+    """Bytes that one device must send in a step, whatever the program.
+
+    Exchange: every token's row to A experts and back, forward and (rows' cotangents) backward, at every depth, but for
+    the share that stays at home. Weights: every parameter gathered once in the compute type; experts only over fsdp.
+    Gradients: as much in float32, once.
+    """
+    model, size = config.model, compute_bytes(config)
+    tokens = config.tokens_per_step / math.prod(mesh.values())
+    away = (mesh["expert"] - 1) / mesh["expert"]
+    count = parameters(model)
+    others = count.total - count.ea_experts
+    shared_out = mesh["fsdp"] * mesh["expert"]
+    gathered = others * (shared_out - 1) / shared_out
+    gathered += count.ea_experts / mesh["expert"] * (mesh["fsdp"] - 1) / mesh["fsdp"]
+    copies = mesh["data"]
+    summed = 2 * count.total / shared_out * (copies - 1) / copies
+    return {
+        "token exchange": 4 * tokens * model.active_experts * model.width * size * model.depth * away,
+        "weights": size * gathered,
+        "gradients": 4 * (gathered + summed),
+    }
+
+
+# Tables
+
+
+def show_plan(record: Record, console: Console) -> None:
+    """Print a `plan_record`."""
+    model, batch = record["model"], record["batch"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in record["mesh"].items())
+    console.print(
+        f"[bold]{record['name']}[/bold]: {model['variant']}, depth {model['depth']}, width {model['width']}, "
+        f"{model['active_experts']} of {model['experts']} experts of width {model['expert_width']}"
+    )
+    console.print(
+        f"{batch['rows']} rows of {batch['context']} tokens in {batch['microbatches']} microbatches, {batch['dtype']}, "
+        f"remat {batch['remat']}; {record['devices']} device{'s' * (record['devices'] > 1)}: {mesh}\n"
+    )
+    console.print(_component_table(record))
+    console.print(_memory_table(record))
+    _show_device(record, console)
+
+
+def _component_table(record: Record) -> Table:
+    table = Table(title="per component", title_justify="left")
+    for column in ("", "parameters", "active per token", "training", "prefill", "generated"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.caption = f"FLOPs per token in millions; generated: mean over {GENERATED} tokens"
+    flops = record["flops_per_token"]
+    names = {**record["parameters"], **flops["training"]}
+    names.pop("total")
+    for name in (*names, "total"):
+        stored, active = record["parameters"].get(name), record["active_parameters"].get(name)
+        counts = [f"{n:,}" if n is not None else "" for n in (stored, active)]
+        costs = [flops[kind].get(name) for kind in ("training", "prefill", "generated")]
+        cells = [f"{cost / 1e6:,.2f}" if cost is not None else "" for cost in costs]
+        table.add_row(name.replace("_", " "), *counts, *cells, style="bold" if name == "total" else None)
+    return table
+
+
+def _memory_table(record: Record) -> Table:
+    device = record["device"]
+    table = Table(title="memory of training, each device", title_justify="left")
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    table.add_column(f"of {device['memory'] / GIB:.1f}", justify="right")
+    for name, size in record["training_memory"].items():
+        if size:
+            style = "bold" if name == "total" else "dim" if name == "at_rest" else None
+            table.add_row(name.replace("_", " "), f"{size / GIB:,.3f}", f"{size / device['memory']:.1%}", style=style)
+    return table
+
+
+def _show_device(record: Record, console: Console) -> None:
+    device = record["device"]
+    verdict = "[green]fits[/green]" if device["fits"] else "[red]does not fit[/red]"
+    largest = device["largest_microbatch"]
+    console.print(
+        f"{verdict} {record['devices']} x {device['name']}: {device['share']:.0%} of the memory (up to "
+        f"{1 - HEADROOM:.0%} counts as fitting); largest microbatch that fits: "
+        + (f"{largest} rows a device" if largest else "none")
+    )
+    console.print(
+        f"generation of {GENERATED} tokens, Table 1's rule: {record['generation_memory']['table_1'] / 1e9:.4f} GB"
+    )
+    for change in device["changes"]:
+        console.print(
+            f"  fits with  {' '.join(change['overrides'])}  ({change['devices']} devices, {change['share']:.0%})"
+        )
+    if not device["fits"] and not device["changes"]:
+        console.print("  no number of microbatches and no mesh of up to 64 times the devices makes it fit")
+    if "peak" not in device:
+        return
+    console.print(
+        f"at {device['mfu']:.0%} MFU (assumed) of {device['peak'] / 1e12:.0f} TFLOP/s: "
+        f"{device['tokens_per_second']:,.0f} tokens/s; this run {device['days_of_run']:,.1f} days, "
+        f"100B tokens {device['days_of_100b_tokens']:,.1f} days"
+    )
+
+
+def show_match(rows: Sequence[Record], name: str, baseline: str, console: Console) -> None:
+    """Print a `match_record`."""
+    table = Table(title=f"{name} sized after {baseline} (3.8)", title_justify="left")
+    for column in ("searched over", "F", "E", "FLOPs per token", "", "parameters", ""):
+        table.add_column(column, justify="right" if column != "searched over" else "left")
+    for row in rows:
+        table.add_row(
+            row["moved"].replace("_", " "),
+            str(row["expert_width"]),
+            str(row["experts"]),
+            f"{row['flops']:+,.0f}",
+            f"{row['flops_share']:+.3%}",
+            f"{row['parameters']:+,}",
+            f"{row['parameters_share']:+.3%}",
+        )
+    table.caption = "differences from the baseline"
+    console.print(table)
+
+
+def show_compiled(record: Record, topology: str, console: Console) -> None:
+    """Print a `compiled_record`."""
+    table = Table(title=f"compiled for {topology} ({record['device_kind']})", title_justify="left")
+    for column in ("bytes on each device", "estimate, GiB", "XLA, GiB", "estimate / XLA"):
+        table.add_column(column, justify="left" if column.startswith("bytes") else "right")
+    for name in ("arguments", "temporaries"):
+        estimate, found = record[f"estimated_{name}"], record[name]
+        table.add_row(name, f"{estimate / GIB:,.3f}", f"{found / GIB:,.3f}", f"{estimate / max(found, 1):.3f}")
+    table.caption = (
+        f"{record['seconds']:.0f} s; {record['flops_with_loops_once'] / 1e12:.2f} TFLOPs with each loop's body once"
+    )
+    console.print(table)
+    table = Table(title="sent by each device in a step", title_justify="left")
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    for name, size in record["sent"].items():
+        table.add_row(name, f"{size / GIB:,.3f}")
+    for name, size in record["least"].items():
+        table.add_row(f"least: {name}", f"{size / GIB:,.3f}", style="dim")
+    console.print(table)
+
+
+def with_mesh(config: Config, mesh: Mapping[str, int]) -> Config:
+    """The config with these sizes of the mesh."""
+    return replace(config, mesh=replace(config.mesh, **mesh))
