@@ -250,7 +250,7 @@ def _number(name: str, text: str) -> int:
 
 
 def detected_place() -> dict[str, Any] | None:
-    """{} if JAX recognises a cluster (SLURM, Open MPI, TPU pod, Kubernetes) with several processes, else None.
+    """Arguments, mostly {}, if JAX recognises a cluster (SLURM, Open MPI, TPU pod, Kubernetes) with several processes.
 
     A single process is not initialised: a shell inside of a one-task job stays an ordinary shell.
     """
@@ -260,7 +260,7 @@ def detected_place() -> dict[str, Any] | None:
         if cluster.opt_in_only_method or not cluster.is_env_present():
             continue
         try:
-            return {} if cluster.get_process_count() > 1 else None
+            return slurm_devices(os.environ) if cluster.get_process_count() > 1 else None
         except Exception as error:  # each kind of cluster has its own
             print(
                 f"warning: this looks like a cluster ({cluster.__name__}), but it does not say how many processes "
@@ -269,6 +269,15 @@ def detected_place() -> dict[str, Any] | None:
             )
             return None
     return None
+
+
+def slurm_devices(environment: Mapping[str, str]) -> dict[str, Any]:
+    """All GPUs of the node for a task that has the node to itself; JAX would give it only the first."""
+    one_a_node = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    if not one_a_node or not gpus.isdigit() or int(gpus) < 2 or environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return {}
+    return {"local_device_ids": list(range(int(gpus)))}
 
 
 def _may_be_an_echo(error: BaseException | None) -> bool:

@@ -19,9 +19,12 @@ class Preemption:
     signal_name: str | None = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # A second signal ends the process at once: the user means it.
-        signal.signal(number, signal.SIG_DFL)
-        self.signal_name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            # A second Ctrl-C ends the process at once: the user means it.
+            signal.signal(number, signal.SIG_DFL)
+        # SIGTERM may come again while the state is being saved: schedulers send it when a grace period begins and when
+        # it ends, to a process and through its launcher. What they mean to kill they send SIGKILL.
+        self.signal_name = self.signal_name or signal.Signals(number).name
 
 
 @contextlib.contextmanager

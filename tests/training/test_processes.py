@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dreamer_jax.distributed import DistributedError, Group, explicit_place
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import Checkpoints, load_model
+from dreamer_jax.training.preemption import preemption
 from dreamer_jax.training.rows import held_rows, place_rows
 from dreamer_jax.training.run_folder import RunFolderError, claimed
 from dreamer_jax.training.step import init_state
@@ -245,6 +247,22 @@ def test_a_cluster_is_joined_if_it_has_several_processes(monkeypatch, tasks, fou
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert distributed.detected_place() == found
+
+
+def test_a_slurm_task_that_has_a_node_to_itself_takes_all_of_its_gpus():
+    alone = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"}
+    assert distributed.slurm_devices(alone) == {"local_device_ids": [0, 1, 2, 3]}
+    for other in ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, {"SLURM_GPUS_ON_NODE": ""}, {"JAX_LOCAL_DEVICE_IDS": "0"}):
+        assert distributed.slurm_devices(alone | other) == {}
+
+
+def test_sigterm_may_come_twice_and_a_second_ctrl_c_ends():
+    with preemption() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.signal_name == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 def test_a_folder_is_one_runs_at_a_time_and_the_same_for_all(tmp_path, monkeypatch):
