@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamer_jax.config import ConfigError, MeshConfig
@@ -61,14 +62,25 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, neighbours in the network along the last axes.
+    """The mesh over all devices, neighbours in the network along the last axes; slices apart along the first.
 
     Raises:
-        ConfigError: the axis sizes do not multiply to the number of devices.
+        ConfigError: the axis sizes do not multiply to the number of devices, or an axis but "data" spans slices.
     """
     devices = list(devices or jax.devices())
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape["data"] % slices:
+        raise ConfigError(
+            f"mesh.data = {shape['data']} must be a multiple of the {slices} slices, whose links are slow"
+        )
+    within = (shape["data"] // slices, shape["fsdp"], shape["expert"])
+    placed = (
+        mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        if slices == 1
+        else mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec_of(axes: Sequence[str]) -> PartitionSpec:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dreamer_jax.config import ConfigError
 
-GIB = 2**30
+GIB = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def hardware(name: str) -> Hardware:
 
 def this_machine() -> Hardware:
     """The CPU at hand, with its memory."""
-    return Hardware("this machine", (), "cpu", 0.0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Hardware("this machine", (), "cpu", 0.0, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
 
 
 def hardware_of(device_kind: str) -> Hardware | None:

@@ -144,24 +144,23 @@ def saved_bytes(model: ModelConfig, size: int, remat: str) -> int:
     "full": the residual stream and the routing. "selective": also SA's output and log-sum-exp. "none": everything;
     counted on the residuals of `jax.vjp` (tests/accounting/test_memory.py).
     """
-    kinds = len(attention_weights(model))
-    routed = kinds * _routed(model)
-    decisions = INT * (3 * model.active_experts + 3 * routed)
+    recurrent, depth_attention = int(model.depth_recurrent), int(model.depth_attention)
+    routers = recurrent * (1 + depth_attention)
+    decisions = INT * (3 * model.active_experts + 3 * routers)
     stream, sa = size * model.width, model.query_heads * model.head_size
     if remat == "full":
         return stream + decisions
     if remat == "selective":
         return stream + decisions + size * sa + FLOAT * model.query_heads
-    # Norms compute, and keep, float32.
-    in_float = (5 + 3 * _routed(model) + 2 * (kinds - 1)) * model.width
-    in_type = (3 + 2 * routed - _routed(model) + kinds) * model.width - model.width + model.active_experts * model.width
-    kv, da = model.kv_heads * model.head_size, _da_cache(model) // 2
-    da_heads = model.da_heads * model.da_head_size * model.depth_attention
-    in_float += 4 * (sa + kv) + 4 * (da_heads + da) + 5 * model.router_size * (1 + routed)
-    in_type += 3 * sa + 2 * kv + 2 * da_heads + 2 * da
-    in_type += _routed(model) * (2 * sa + 2 * kv + 2 * da_heads + 2 * da)
-    weights = model.depth * model.da_heads * model.depth_attention
-    return FLOAT * (in_float + weights) + size * in_type + decisions
+    kv, da_kv = model.kv_heads * model.head_size, _da_cache(model) // 2
+    da = depth_attention * model.da_heads * model.da_head_size
+    # Norms, RoPE and routers compute in float32, and keep it.
+    in_float = (6 + 3 * recurrent + 3 * depth_attention) * model.width + 4 * (sa + kv + da + da_kv)
+    in_float += 5 * (1 + routers) * model.router_size + depth_attention * model.depth * model.da_heads
+    rows = 2 + depth_attention + 3 * recurrent * (1 + depth_attention) + model.active_experts
+    in_type = rows * model.width + 3 * sa + 2 * (kv + da + da_kv)
+    in_type += recurrent * 2 * (sa + kv + da + da_kv)
+    return FLOAT * in_float + size * in_type + decisions
 
 
 def _routed(model: ModelConfig) -> int:
@@ -207,7 +206,7 @@ def generation_memory(model: ModelConfig, *, batch: int, length: int, size: int)
     count = parameters(model)
     return {
         "weights": size * (count.total - count.shared_experts),
-        "sequence_cache": round(batch * sequence_cache_bytes(model, length, size=size)),
+        "sequence_cache": round(batch * sequence_cache_bytes(model, float(length), size=size)),
         "depth_cache": batch * model.depth * _da_cache(model) * size,
         "logits": batch * model.vocab * FLOAT,
     }

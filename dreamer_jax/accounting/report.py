@@ -101,7 +101,7 @@ def _speed(config: Config, devices: int, peak: float, mfu: float) -> Record:
         "peak": peak,
         "mfu": mfu,
         "tokens_per_second": speed,
-        "days_of_run": training_days(config.train.steps * config.tokens_per_step, speed),
+        "days_of_run": training_days(float(config.train.steps * config.tokens_per_step), speed),
         "days_of_100b_tokens": training_days(PAPER_TOKENS, speed),
     }
 

@@ -39,7 +39,7 @@ class Collective(NamedTuple):
         share = (self.devices - 1) / self.devices
         # The result of a reduce-scatter is one part of what is sent; an all-reduce is one, and then an all-gather.
         whole = {"reduce-scatter": self.size * self.devices, "all-reduce": 2 * self.size}.get(self.kind, self.size)
-        return self.runs * whole * (1 if self.kind == "collective-permute" else share)
+        return float(self.runs * whole * (1 if self.kind == "collective-permute" else share))
 
 
 def collectives(program: str) -> list[Collective]:

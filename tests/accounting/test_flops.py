@@ -1,9 +1,12 @@
-"""FLOPs per token against Table 1 and against a list of matrix products."""
+"""FLOPs per token against Table 1, against a list of matrix products, and against XLA's count."""
 
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from dreamer_jax.accounting.flops import (
     forward_flops,
@@ -13,6 +16,9 @@ from dreamer_jax.accounting.flops import (
     training_flops,
 )
 from dreamer_jax.config import ModelConfig, load
+from dreamer_jax.model.attend import attend_sequence
+from dreamer_jax.model.dreamer import Compute, Dreamer
+from dreamer_jax.model.grouped_matmul import grouped_swiglu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Matrix products of one token, and Table 1, which counts a little more.
@@ -96,3 +102,43 @@ def test_only_routed_attention_has_a_score_gradient() -> None:
     forward = forward_flops(SMALL, 1.0)
     assert score_gradient_flops(SMALL) == forward.sa_projections + forward.da_projections
     assert score_gradient_flops(dataclasses.replace(SMALL, depth_recurrent=False)) == 0
+
+
+def xla_flops(f, *arguments) -> float:
+    return jax.jit(f).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def test_dense_parts_cost_what_xla_counts() -> None:
+    """A classic layer with all experts active: projections, attention, experts and LM head, each on its own."""
+    config = ModelConfig(
+        depth_recurrent=False, depth_attention=False, depth=1, width=512, vocab=900, query_heads=4, kv_heads=2,
+        head_size=256, router_size=256, experts=3, active_experts=3, expert_width=384,
+    )  # fmt: skip
+    tokens, compute = 256, Compute(matmul="dense", attention="dense")
+    model = Dreamer(config, nnx.Rngs(0))
+    layer = nnx.merge(*jax.tree.map(lambda a: a[0], nnx.split(model.layer)))
+    x = jnp.ones((1, tokens, 512))
+    q, k, v = layer.sa.projections.qkv(x, None, "dense")
+    row = jnp.ones((1, tokens), jnp.int32)
+    expected = forward_flops(config, float(tokens)).by_component()
+
+    def attend(q, k, v):
+        return attend_sequence(q, k, v, row, backend="dense")
+
+    def experts(x):
+        chosen = jnp.ones((tokens * 3, 512))
+        sizes = jnp.full((3,), tokens, jnp.int32)
+        weights = layer.ea.w_gate_up[...], layer.ea.w_down[...]
+        return grouped_swiglu(chosen, jnp.ones((tokens * 3, 1)), *weights, sizes, backend="dense")
+
+    found = {
+        "sa_projections": xla_flops(lambda x: layer.sa.projections.qkv(x, None, "dense"), x)
+        + xla_flops(lambda o: layer.sa.projections.out(o, None, "dense"), q),
+        "sa_attention": xla_flops(attend, q, k, v),
+        # The reference form sends every row through every expert.
+        "ea_experts": xla_flops(experts, x) / 3,
+        "ea_router": xla_flops(lambda x: layer.ea.router.logits(x[0], jnp.int32(0)), x),
+        "lm_head": xla_flops(lambda x: model.logits(x, compute), x),
+    }
+    for name, flops in found.items():
+        assert flops / tokens == pytest.approx(expected[name], rel=0.01), name
