@@ -4,9 +4,9 @@ check:
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist loadgroup
 format:
 	ruff check --fix .
 	ruff format .
 test:
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist loadgroup

@@ -29,6 +29,9 @@ from dreamer_jax.training.run_folder import RunFolderError, claimed
 from dreamer_jax.training.step import init_state
 from tests.training.worker import FAULT_STEP, HANG_SECONDS, LAST, config_of, copied, once
 
+# One worker of pytest makes the runs that all tests here look at.
+pytestmark = pytest.mark.xdist_group("processes")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,52 @@
+"""A leg of a run that changes machines: `python -m tests.training.elastic FOLDER NAME DATA FSDP EXPERT STEPS`."""
+
+import dataclasses
+import sys
+import zlib
+from pathlib import Path
+
+from dreamer_jax.config import Config, KernelConfig, MeshConfig
+from dreamer_jax.distributed import joined
+from tests.training.toy import toy_config
+
+BATCH = 8
+
+
+def config_of(folder: Path, name: str, mesh: tuple[int, int, int], steps: int) -> Config:
+    config = toy_config(folder, steps=steps, batch=BATCH, remat="none")
+    plain = KernelConfig(attention="dense", grouped_matmul="dense")  # they compile soonest
+    return dataclasses.replace(config, name=name, mesh=MeshConfig(*mesh), kernels=plain)
+
+
+def train_leg(folder: Path, name: str, mesh: tuple[int, int, int], steps: int, group=None) -> None:
+    """Train `name` on to `steps`, noting the checksum of every row that this process reads: step, row, checksum."""
+    from dreamer_jax.training import loop
+
+    read = loop.batches
+
+    def noted(prepared, config, *, split, held, start_step=0, **keywords):
+        stream = read(prepared, config, split=split, held=held, start_step=start_step, **keywords)
+        for step, batch in enumerate(stream, start_step + 1):
+            if split == "train" and step <= steps:
+                with (folder / f"{name}.rows").open("a") as file:
+                    for row, tokens in zip(held, batch["tokens"], strict=True):
+                        file.write(f"{step} {row} {zlib.crc32(tokens.tobytes())}\n")
+            yield batch
+
+    loop.batches = noted
+    try:
+        config = config_of(folder, name, mesh, steps)
+        loop.train(config, group) if group else loop.train(config)
+    finally:
+        loop.batches = read
+
+
+def main() -> None:
+    folder, name, *numbers = sys.argv[1:]
+    data, fsdp, expert, steps = map(int, numbers)
+    with joined(config_of(Path(folder), name, (data, fsdp, expert), steps).distributed) as group:
+        train_leg(Path(folder), name, (data, fsdp, expert), steps, group)
+
+
+if __name__ == "__main__":
+    main()
