@@ -1,6 +1,7 @@
 """Train a model: `python -m dreamer_jax.train --config configs/tiny.py [--section.key value ...]`."""
 
 import argparse
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -11,6 +12,10 @@ from dreamer_jax.distributed import joined
 
 if TYPE_CHECKING:
     from dreamer_jax.training.loop import Summary
+
+INTERRUPTED_CODE = "DREAMER_INTERRUPTED_CODE"
+"""Environment: exit code of a run that a signal ended before its last step (0 without it). Launchers set it, to tell
+such a run from a finished one."""
 
 USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
 
@@ -49,12 +54,13 @@ def run(config: Config) -> int:
         from dreamer_jax.training.loop import train  # late, so that --help and config errors do not wait for JAX
 
         summary = train(config, group)
+    code = int(os.environ.get(INTERRUPTED_CODE, "0")) if summary.stopped_by else 0
     if group.index:
-        return 0  # the rest is process 0's, on its own
+        return code  # the rest is process 0's, on its own
     minutes = (time.monotonic() - started) / 60
     if summary.stopped_by:
         print(f"{summary.stopped_by}: saved step {summary.step} in {config.run_dir}; the same command resumes there.")
-        return 0
+        return code
     print(f"trained {config.model.variant} to step {summary.step} in {minutes:.1f} minutes")
     if summary.train_loss is not None:
         print(f"  training loss    {summary.train_loss:.4f} nats per token (last batch)")
