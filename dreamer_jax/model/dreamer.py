@@ -37,7 +37,8 @@ class Compute:
     @staticmethod
     def of(config: Config, mesh: Mesh | None = None) -> "Compute":
         """The config's choices, with 'auto' resolved for the mesh's platform (without one: the first device's)."""
-        platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
+        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+        platform = device.platform
         kernels = config.kernels
         return Compute(
             dtype=jnp.dtype(config.train.dtype),
@@ -48,16 +49,16 @@ class Compute:
             matmul=grouped_matmul.default_backend(platform)
             if kernels.grouped_matmul == "auto"
             else kernels.grouped_matmul,
-            exchange=_exchange(kernels.expert_exchange, mesh, platform),
+            exchange=_exchange(kernels.expert_exchange, mesh),
         )
 
 
-def _exchange(choice: Literal["auto"] | Transport, mesh: Mesh | None, platform: str) -> Exchange | None:
-    devices = mesh.shape["expert"] if mesh else 1
-    if devices == 1:
+def _exchange(choice: Literal["auto"] | Transport, mesh: Mesh | None) -> Exchange | None:
+    if mesh is None or mesh.shape["expert"] == 1:
         return None
-    transport = default_transport(platform) if choice == "auto" else choice
-    return Exchange("expert", devices, transport, SLACK[transport])
+    device = mesh.devices.flat[0]
+    transport = default_transport(device.platform, device.device_kind) if choice == "auto" else choice
+    return Exchange("expert", mesh.shape["expert"], transport, SLACK[transport])
 
 
 class RouterFigures(NamedTuple):
