@@ -18,9 +18,9 @@ SINGLE = {"data": 1, "fsdp": 1, "expert": 1}
 """Mesh of one device."""
 FLOAT, INT = 4, 4
 LOGIT_CHUNK = 2**28
-"""Float32 logits that the loss holds at a time (training/loss.py)."""
+"""Bytes of float32 logits that the loss holds at a time (training/loss.py)."""
 EXCHANGE_SLACK = 2
-"""Rows that the buffers of the expert exchange hold, in multiples of an even share (model/expert_parallel.py)."""
+"""Rows that the expert exchange holds at most, in multiples of an even share (model/expert_parallel.py)."""
 KERNEL_TILE = 128
 """GPU and TPU kernels widen experts to a multiple of this."""
 

@@ -144,11 +144,12 @@ def compiled_record(config: Config, mesh: Mapping[str, int], platform: str, comp
 
 
 def least_sent(config: Config, mesh: Mapping[str, int]) -> dict[str, float]:
-    """Bytes that one device must send in a step, whatever the program.
+    """Bytes that one device must send in a step, however its program is written.
 
-    Exchange: every token's row to A experts and back, forward and (rows' cotangents) backward, at every depth, but for
-    the share that stays at home. Weights: every parameter gathered once in the compute type; experts only over fsdp.
-    Gradients: as much in float32, once.
+    Exchange: every token's row to A experts and back, forward and backward, at every depth, but for the share that
+    stays at home. (Ours sends rows a second time in the backward pass rather than keep them at every depth: five
+    crossings for these four.) Weights: every parameter gathered once in the compute type, experts over fsdp only.
+    Gradients: as much in float32, and once over the copies. Shared experts have no gradient of their own (Eq. 8).
     """
     model, size = config.model, compute_bytes(config)
     tokens = config.tokens_per_step / math.prod(mesh.values())
@@ -158,12 +159,13 @@ def least_sent(config: Config, mesh: Mapping[str, int]) -> dict[str, float]:
     shared_out = mesh["fsdp"] * mesh["expert"]
     gathered = others * (shared_out - 1) / shared_out
     gathered += count.ea_experts / mesh["expert"] * (mesh["fsdp"] - 1) / mesh["fsdp"]
+    returned = gathered - count.shared_experts * (shared_out - 1) / shared_out
     copies = mesh["data"]
     summed = 2 * count.total / shared_out * (copies - 1) / copies
     return {
         "token exchange": 4 * tokens * model.active_experts * model.width * size * model.depth * away,
         "weights": size * gathered,
-        "gradients": 4 * (gathered + summed),
+        "gradients": 4 * (returned + summed),
     }
 
 
@@ -224,7 +226,7 @@ def _show_device(record: Record, console: Console) -> None:
     console.print(
         f"{verdict} {record['devices']} x {device['name']}: {device['share']:.0%} of the memory (up to "
         f"{1 - HEADROOM:.0%} counts as fitting); largest microbatch that fits: "
-        + (f"{largest} rows a device" if largest else "none")
+        + (f"{largest} row{'s' * (largest > 1)} a device" if largest else "none")
     )
     console.print(
         f"generation of {GENERATED} tokens, Table 1's rule: {record['generation_memory']['table_1'] / 1e9:.4f} GB"
