@@ -98,6 +98,9 @@ def training_memory(config: Config, mesh: Mapping[str, int] = SINGLE, platform: 
     # A CPU computes in float32 whatever the compute type.
     inner = FLOAT if platform == "cpu" else size
     rows = (1 + _routed(model)) * model.active_experts * model.width * inner
+    if platform != "cpu":  # kernels hold the inner activations of all rows: gate and up, their product, all gradients
+        slots = EXCHANGE_SLACK if mesh["expert"] > 1 else 1
+        rows += slots * model.active_experts * 6 * _kernel_width(model) * size
     depth = tokens * (saved_bytes(model, inner, "none") + rows)
     exchange = _exchange_bytes(model, tokens, size) if mesh["expert"] > 1 else 0
     in_layer = size * weight_gradients + depth + exchange
@@ -132,7 +135,7 @@ def weights_at_work(model: ModelConfig, mesh: Mapping[str, int] = SINGLE, platfo
     """Numbers in the layers' matrices as one device's depth loop reads them: experts shared out, all else whole."""
     layers = 1 if model.depth_recurrent else model.depth
     count = parameters(model)
-    width = model.expert_width if platform == "cpu" else math.ceil(model.expert_width / KERNEL_TILE) * KERNEL_TILE
+    width = model.expert_width if platform == "cpu" else _kernel_width(model)
     experts = math.ceil(model.experts / mesh["expert"]) * 3 * model.width * width
     rest = count.sa_projections + count.da_projections + count.shared_experts + count.attention_routers
     return rest + count.ea_router + layers * experts
@@ -161,6 +164,10 @@ def saved_bytes(model: ModelConfig, size: int, remat: str) -> int:
     in_type = rows * model.width + 3 * sa + 2 * (kv + da + da_kv)
     in_type += recurrent * 2 * (sa + kv + da + da_kv)
     return FLOAT * in_float + size * in_type + decisions
+
+
+def _kernel_width(model: ModelConfig) -> int:
+    return math.ceil(model.expert_width / KERNEL_TILE) * KERNEL_TILE
 
 
 def _routed(model: ModelConfig) -> int:

@@ -128,7 +128,9 @@ def compiled_record(config: Config, mesh: Mapping[str, int], platform: str, comp
     sent: dict[str, float] = {}
     for item in compiled.collectives:
         place = "in the depth loop" if item.in_loop else "once per step"
-        sent[f"{item.kind}, {place}"] = sent.get(f"{item.kind}, {place}", 0.0) + item.sent
+        # The program does not tell how much of a ragged buffer is filled.
+        name = f"{item.kind}, {place}" + (" (at most)" if item.kind.startswith("ragged") else "")
+        sent[name] = sent.get(name, 0.0) + item.sent
     return {
         "device_kind": compiled.device_kind,
         "seconds": compiled.seconds,
@@ -233,7 +235,7 @@ def _show_device(record: Record, console: Console) -> None:
     )
     for change in device["changes"]:
         console.print(
-            f"  fits with  {' '.join(change['overrides'])}  ({change['devices']} devices, {change['share']:.0%})"
+            f"  fits with  {' '.join(change['overrides'])}  ({change['devices']} device{'s' * (change['devices'] > 1)}, {change['share']:.0%})"
         )
     if not device["fits"] and not device["changes"]:
         console.print("  no number of microbatches and no mesh of up to 64 times the devices makes it fit")
