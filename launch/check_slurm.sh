@@ -151,7 +151,7 @@ reached() { (($(progress) >= $1)); }
 soon() { sleep 3 && scontrol update "JobId=$job" StartTime=now; }
 
 waits_for 30 "two idle nodes" nodes_idle
-job=$(DREAMER_PYTHON=$python sbatch --parsable --nodes 2 --ntasks-per-node 1 --gpus-per-node 0 --time 10 \
+job=$(DREAMER_PYTHON=$python sbatch --parsable --nodes 2 --ntasks-per-node 1 --gpus-per-node 0 --time 30 \
     --output "$folder/job.out" launch/slurm.sbatch --config "$folder/toy.py" --name slurm)
 say "job $job submitted"
 waits_for 120 "20 steps" reached 20

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The road of the paper in order: count the six models, train them (two seeds, the better one to the end), write weights.
+# The road of the paper in order: count the six models, train them (two seeds, then the better one), write weights.
 #
 #     DREAMER_DATA=/data launch/reproduce.sh [arguments of launch/reproduce.py]
 #

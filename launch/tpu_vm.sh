@@ -1,16 +1,17 @@
 #!/bin/bash
-# One training run on Cloud TPU VMs: created as a queued resource, set up, trained on all workers, resumed after preemption.
+# One training run on Cloud TPU VMs: a queued resource is created and set up; the run resumes after preemption.
 #
 #     launch/tpu_vm.sh [--dry-run] train --config configs/dr_da_1b.py --out /shared/runs --data.cache /shared/cache
 #     launch/tpu_vm.sh [--dry-run] create | setup | status | stop | delete
 #
-# train does all of it until the run has ended: it creates the TPU if there is none, waits for it, sets it up, starts the
-# training and, when the TPU is preempted, begins again; the run goes on from its newest checkpoint. Leave it running where
-# nothing disconnects it (tmux on a small VM). It does not delete the TPU at the end: that is `delete`. stop asks a running
-# training to save and end. --dry-run prints the commands, as if everything succeeded. Needs gcloud, with a project set.
+# train does all of it until the run has ended: it creates the TPU if there is none, waits for it, sets it up, starts
+# the training and, when the TPU is preempted, begins again; the run goes on from its newest checkpoint. Leave it
+# running where nothing disconnects it (tmux on a small VM). It does not delete the TPU at the end: that is `delete`.
+# stop asks a running training to save and end. --dry-run prints the commands, as if everything succeeded. Needs
+# gcloud, with a project set.
 #
-# out and data.cache must lie on a file system that all workers share: NFS (Filestore), which is mounted on /shared. Cloud
-# Storage FUSE is none: other machines see a file only when it is closed.
+# out and data.cache must lie on a file system that all workers share: NFS (Filestore), which is mounted on /shared.
+# Cloud Storage FUSE is none: other machines see a file only when it is closed.
 
 set -euo pipefail
 
@@ -91,8 +92,8 @@ stand_by() {
 
 train() {
     local command started failures=0
-    command="rm -f ~/dreamer_stop; cd dreamer
-$settings DREAMER_INTERRUPTED_CODE=75 .venv/bin/python -u -m dreamer_jax.train$(printf ' %q' "$@") || [ -e ~/dreamer_stop ]"
+    command="rm -f ~/dreamer_stop; cd dreamer; export DREAMER_INTERRUPTED_CODE=75 $settings
+.venv/bin/python -u -m dreamer_jax.train$(printf ' %q' "$@") || [ -e ~/dreamer_stop ]"
     while true; do
         stand_by
         started=$SECONDS
