@@ -10,7 +10,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin
-python=$(command -v "${DREAMER_PYTHON:-python}")
+if ! python=$(command -v "${DREAMER_PYTHON:-python}"); then
+    echo "no program '${DREAMER_PYTHON:-python}': set DREAMER_PYTHON to the python of the environment"
+    exit 2
+fi
 steps=80
 
 for program in munged slurmctld slurmd sbatch srun scontrol squeue; do
