@@ -18,6 +18,14 @@ from dreamer_jax.accounting.hardware import NAMES, hardware, this_machine
 from dreamer_jax.accounting.match import TOLERANCE, match
 from dreamer_jax.config import Config, ConfigError
 
+NO_DEVICES = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+}
+"""Compiling for absent devices must not look for present ones, in the cloud neither. JAX reads this at its start."""
+
 EPILOG = """any key of the config can be overridden: --train.microbatches 16 --model.depth 24
 
 examples:
@@ -118,10 +126,10 @@ def _matched(parsed: argparse.Namespace, config: Config) -> tuple[Config, list[d
 
 
 def _compiled(config: Config, topology: str) -> Any:
-    from dreamer_jax.training import ahead_of_time  # late: only this needs JAX
+    os.environ.update(NO_DEVICES)
+    from dreamer_jax.training.ahead_of_time import compile_step  # late: only this needs JAX
 
-    os.environ.update(ahead_of_time.ENVIRONMENT)
-    return ahead_of_time.compile_step(config, topology)
+    return compile_step(config, topology)
 
 
 def _show(parsed: argparse.Namespace, record: dict[str, Any]) -> None:

@@ -234,9 +234,8 @@ def _show_device(record: Record, console: Console) -> None:
         f"generation of {GENERATED} tokens, Table 1's rule: {record['generation_memory']['table_1'] / 1e9:.4f} GB"
     )
     for change in device["changes"]:
-        console.print(
-            f"  fits with  {' '.join(change['overrides'])}  ({change['devices']} device{'s' * (change['devices'] > 1)}, {change['share']:.0%})"
-        )
+        devices = f"{change['devices']} device{'s' * (change['devices'] > 1)}"
+        console.print(f"  fits with  {' '.join(change['overrides'])}  ({devices}, {change['share']:.0%})")
     if not device["fits"] and not device["changes"]:
         console.print("  no number of microbatches and no mesh of up to 64 times the devices makes it fit")
     if "peak" not in device:

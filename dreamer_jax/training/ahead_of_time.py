@@ -20,9 +20,6 @@ from dreamer_jax.model.dreamer import Compute
 from dreamer_jax.training.collectives import Collective, collectives
 from dreamer_jax.training.step import abstract_state, make_train_step
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""To be set before JAX starts: nothing here must look for devices, in the cloud neither."""
-
 _HOPPER = """
 gpu_device_info {{
   name: "{name}" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
