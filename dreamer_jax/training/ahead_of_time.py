@@ -74,7 +74,7 @@ def compile_step(config: Config, topology: str) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"XLA cannot compile the step for {topology}: {_first_lines(error)}") from error
     memory: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis()
+    cost: Any = compiled.cost_analysis() or {}  # of programs for absent GPUs there is none
     return CompiledStep(
         devices=mesh.size,
         device_kind=device.device_kind,

@@ -50,7 +50,7 @@ def collectives(program: str) -> list[Collective]:
     def visit(name: str, runs: int, in_loop: bool, in_fusion: bool) -> None:
         for line in computations.get(name, ()):
             if loop := _LOOP.search(line):
-                visit(loop[2], runs * _trips(computations[loop[1]]), True, in_fusion)
+                visit(loop[2], runs * _trips(line, loop[1], computations), True, in_fusion)
             for called in _called(line):
                 visit(called, runs, in_loop, True)
             if match := _COLLECTIVE.search(line):
@@ -82,9 +82,13 @@ def _called(line: str) -> list[str]:
     return _CALLED.findall(line) + (re.findall(r"%?([\w.\-]+)", branches[1]) if branches else [])
 
 
-def _trips(condition: list[str]) -> int:
-    """The constant that a loop's counter is compared with; 0 where there is none."""
-    constants = [int(n) for line in condition for n in re.findall(r"= s(?:32|64)\[\]\S* constant\((\d+)\)", line)]
+def _trips(loop: str, condition: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: as its line says, or the constant that its counter is compared with; 0 without either."""
+    if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop):
+        return int(known[1])
+    lines = computations[condition]
+    lines = lines + [inner for line in lines for called in _called(line) for inner in computations.get(called, ())]
+    constants = [int(n) for line in lines for n in re.findall(r"= s(?:32|64)\[\]\S* constant\((\d+)\)", line)]
     return max(constants, default=0)
 
 
