@@ -69,7 +69,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(devices or jax.devices())
     shape = mesh_shape(config, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Elsewhere JAX calls every process or node a slice, though parameters may well be shared out over them.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if shape["data"] % slices:
         raise ConfigError(
             f"mesh.data = {shape['data']} must be a multiple of the {slices} slices, whose links are slow"
