@@ -16,7 +16,7 @@ from dreamer_jax.accounting import report
 from dreamer_jax.accounting.config_file import write_config
 from dreamer_jax.accounting.hardware import NAMES, hardware, this_machine
 from dreamer_jax.accounting.match import TOLERANCE, match
-from dreamer_jax.config import Config, ConfigError
+from dreamer_jax.config import Config, ConfigError, MeshConfig
 
 NO_DEVICES = {
     "JAX_PLATFORMS": "cpu",
@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace, config: Config) -> int:
     name = parsed.device or (parsed.topology or "").partition(":")[0]
     device = hardware(name) if name else this_machine()
     if parsed.mesh:
-        config = report.with_mesh(config, parse_mesh(parsed.mesh))
+        config = replace(config, mesh=MeshConfig(**parse_mesh(parsed.mesh)))
     if parsed.topology:
         compiled = _compiled(config, parsed.topology)
         mesh = compiled.mesh

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from dreamer_jax.accounting.fit import (
     HEADROOM,
     changes_that_fit,
     largest_microbatch,
+    share_of_memory,
     tokens_per_second,
     training_days,
 )
@@ -79,7 +79,7 @@ def _with_total(count: Any) -> dict[str, float]:
 
 
 def _on_device(config: Config, mesh: Mapping[str, int], device: Hardware, mfu: float) -> Record:
-    share = training_memory(config, mesh, device.platform).total / device.memory
+    share = share_of_memory(config, mesh, device.platform, device.memory)
     fits = share <= 1 - HEADROOM
     changes = [] if fits else changes_that_fit(config, mesh, device.platform, device.memory)
     return {
@@ -286,8 +286,3 @@ def show_compiled(record: Record, topology: str, console: Console) -> None:
     for name, size in record["least"].items():
         table.add_row(f"least: {name}", f"{size / GIB:,.3f}", style="dim")
     console.print(table)
-
-
-def with_mesh(config: Config, mesh: Mapping[str, int]) -> Config:
-    """The config with these sizes of the mesh."""
-    return replace(config, mesh=replace(config.mesh, **mesh))

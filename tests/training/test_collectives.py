@@ -29,9 +29,11 @@ def test_collectives_in_a_scan_count_as_often_as_they_run() -> None:
     @partial(jax.shard_map, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
     def f(a):
         once = lax.all_gather(a, "x", tiled=True).sum(axis=0, keepdims=True)
-        body = lambda c, _: (lax.ppermute(c * 2, "x", [(0, 1), (1, 2), (2, 3), (3, 0)]), None)  # noqa: E731
-        looped = lax.scan(body, a, None, length=7)[0]
-        return looped + once
+
+        def pass_on(c, _):
+            return lax.ppermute(c * 2, "x", [(0, 1), (1, 2), (2, 3), (3, 0)]), None
+
+        return lax.scan(pass_on, a, None, length=7)[0] + once
 
     found = {c.kind: c for c in collectives(compiled_text(f, jnp.ones((8, 16))))}
     gather, permutation = found["all-gather"], found["collective-permute"]
