@@ -74,6 +74,12 @@ class Group:
             self._client.key_value_set(key, value)
         return value
 
+    def meet(self, topic: str) -> None:
+        """Wait until all processes are here; all must meet at the same topics in the same order."""
+        self._topics += 1
+        if self.count > 1:
+            self._client.wait_at_barrier(f"dreamer/meet/{self._topics}/{topic}", DAY_MS)
+
     def watch(self) -> None:
         """Introduce the processes to each other, and start the threads that look for failures."""
         if self.count > 1:

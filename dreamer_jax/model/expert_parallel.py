@@ -139,8 +139,8 @@ def _routes(exchange: Exchange, sizes: Int[Array, "E"], local: int) -> _Routes:
 
 def _in_rounds(routes: _Routes, capacity: int, step: Callable[[Any, Any], Any], init: Any) -> Any:
     """Apply step(i, carry) for as many rounds as the fullest pair of devices needs; the first stands outside a loop."""
-    everywhere = tuple(jax.typeof(routes.total).manual_axis_type.varying)
-    needed = lax.pmax(-(-jnp.max(routes.total) // capacity), everywhere)
+    everywhere = sorted(jax.typeof(routes.total).manual_axis_type.varying)  # in one order: see `_vary_together`
+    needed = lax.pmax(-(-jnp.max(routes.total) // capacity), tuple(everywhere))
     return lax.fori_loop(1, needed, step, step(0, init))
 
 

@@ -206,11 +206,13 @@ def _gate(gate_up):
 def _vary_together(*arrays):
     """Inside shard_map, let all arrays vary over the union of their mesh axes.
 
-    What varies already stays the same array: the depth scan keeps weights apart from other residuals by identity.
+    What varies already stays the same array: the depth scan keeps weights apart from other residuals by identity. The
+    axes are sorted because the order of a set differs from process to process, and with it the order of devices in
+    collectives (here, in the transpose): processes with different programs wait for each other forever.
     """
     own = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    every = frozenset().union(*own)
-    return [lax.pcast(a, tuple(every - o), to="varying") if every - o else a for a, o in zip(arrays, own, strict=True)]
+    missing = [sorted(frozenset().union(*own) - o) for o in own]
+    return [lax.pcast(a, tuple(axes), to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]
 
 
 # dense: the reference

@@ -1,7 +1,7 @@
 """The training run: data, state, steps, figures, checkpoints; resumes by itself."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,8 +147,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
-        self.train_step = make_train_step(self.config, compute, self.mesh, self.graph)
-        self.evaluation = make_evaluation(self.config, compute, self.mesh, self.graph)
+        self.train_step = _together(make_train_step(self.config, compute, self.mesh, self.graph), self.group)
+        self.evaluation = _together(make_evaluation(self.config, compute, self.mesh, self.graph), self.group)
         self.last_loss: float | None = None
         self.reporter = _Reporter(self.config, self.mesh.size)
         self.place = sharding.batch_sharding(self.mesh)
@@ -238,6 +238,23 @@ class _Run:
     def _validates(self, step: int) -> bool:
         every = self.config.train.validate_every
         return every > 0 and step % every == 0 and step < self.config.train.steps
+
+
+def _together(program: Any, group: Group) -> Callable[..., Any]:
+    """The program, for one shape of arguments: compiled in every process before any of them runs it.
+
+    Compilation takes minutes, not the same in all processes, and a collective on CPU waits 30 s for its peers.
+    """
+    executable: Any = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal executable
+        if executable is None:
+            executable = program.lower(*arguments).compile()
+            group.meet("compiled")
+        return executable(*arguments)
+
+    return call
 
 
 class _Reporter:

@@ -1,6 +1,9 @@
 """What a compiled step sends: counted in programs whose answer is known, and held to the design."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -78,3 +81,15 @@ def test_tokens_travel_to_their_experts_at_every_depth(tmp_path) -> None:
     width, rows = 16, 1.5 * 48 * 2  # D; slack x tokens of a device x A
     exchanges = [c for c in found if c.kind == "all-to-all" and c.in_loop and c.size >= rows * width * 4]
     assert sum(c.runs for c in exchanges) == 5 * 3
+
+
+def test_every_process_makes_the_same_program(tmp_path) -> None:
+    """Sets of names have another order in every process (PYTHONHASHSEED); collectives must not take it over."""
+    command = [sys.executable, "-m", "tests.training.program", str(tmp_path)]
+    found = [
+        subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True)
+        for seed in ("1", "3", "4")  # three orders of the mesh axes' names
+    ]
+    prints = [process.communicate(timeout=240)[0] for process in found]
+    assert [process.returncode for process in found] == [0] * len(found)
+    assert prints == [prints[0]] * len(prints)
