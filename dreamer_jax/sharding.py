@@ -163,8 +163,27 @@ def moves(axes: Sequence[str]) -> bool:
 
 def varying(x: jax.Array) -> jax.Array:
     """Inside shard_map: let every device have, and differentiate, its own copy."""
-    known = jax.typeof(x).manual_axis_type.varying
+    known = axes_of(x)
     return lax.pcast(x, tuple(axis for axis in AXES if axis not in known), to="varying")
+
+
+def vary_together(*arrays: jax.Array) -> list[jax.Array]:
+    """Inside shard_map: let all arrays vary over the union of their mesh axes.
+
+    What varies already stays the same array: the depth scan keeps weights apart from other residuals by identity.
+    """
+    own = [axes_of(a) for a in arrays]
+    missing = [tuple(sorted({axis for axes in own for axis in axes} - set(axes))) for axes in own]
+    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]
+
+
+def axes_of(x: jax.Array) -> tuple[str, ...]:
+    """Inside shard_map: the mesh axes that x varies over, sorted.
+
+    JAX has them as a set, whose order differs from process to process. It would become the order of devices in
+    collectives, and processes whose programs differ wait for each other forever.
+    """
+    return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
 
 
 def _dimension(axes: Sequence[str], mesh_axis: str, layout: str) -> int | None:

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamer_jax.sharding import axes_of
+
 AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
 
 # Tokens of a query or key block of the `blocks` backend: the scores of a block pair should fit a core's second cache.
@@ -201,7 +203,7 @@ def _call_kernel(kernel, q, k, v, segment_ids):
     The kernel and its derivative run in an inner, unchecked shard_map over no axis; multiplying by one there drops the
     axes from an array's type, and what comes out is marked as varying again. Elsewhere the kernel is called as it is.
     """
-    axes = tuple(jax.typeof(q).manual_axis_type.varying)
+    axes = axes_of(q)
     if not axes:
         return kernel(q, k, v, segment_ids)
 

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.model.grouped_matmul import Backend, Plan, grouped_swiglu, plan, sort, unsort
+from dreamer_jax.sharding import axes_of
 
 Transport = Literal["all_to_all", "ragged_all_to_all"]
 
@@ -139,8 +140,7 @@ def _routes(exchange: Exchange, sizes: Int[Array, "E"], local: int) -> _Routes:
 
 def _in_rounds(routes: _Routes, capacity: int, step: Callable[[Any, Any], Any], init: Any) -> Any:
     """Apply step(i, carry) for as many rounds as the fullest pair of devices needs; the first stands outside a loop."""
-    everywhere = sorted(jax.typeof(routes.total).manual_axis_type.varying)  # in one order: see `_vary_together`
-    needed = lax.pmax(-(-jnp.max(routes.total) // capacity), tuple(everywhere))
+    needed = lax.pmax(-(-jnp.max(routes.total) // capacity), axes_of(routes.total))
     return lax.fori_loop(1, needed, step, step(0, init))
 
 

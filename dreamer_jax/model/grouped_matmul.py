@@ -26,6 +26,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dreamer_jax.sharding import vary_together
+
 Backend = Literal["blocks", "tokamax", "megablox", "dense"]
 
 
@@ -147,7 +149,7 @@ def grouped_matmul(
     Raises:
         ImportError: backend "tokamax" without tokamax.
     """
-    x, w, sizes = _vary_together(x, w, sizes)
+    x, w, sizes = vary_together(x, w, sizes)
     if backend == "dense":
         return _dense_matmul(x, w, sizes)
     if backend == "blocks":
@@ -180,7 +182,7 @@ def grouped_swiglu(
         ImportError: backend "tokamax" without tokamax.
     """
     if backend == "blocks":
-        x, scores, w_gate_up, w_down, sizes = _vary_together(x, scores, w_gate_up, w_down, sizes)
+        x, scores, w_gate_up, w_down, sizes = vary_together(x, scores, w_gate_up, w_down, sizes)
         return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), (x, scores), (w_gate_up, w_down), sizes)
     # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
     owned = (jnp.arange(x.shape[0], dtype=sizes.dtype) < jnp.sum(sizes))[:, None]
@@ -201,18 +203,6 @@ def _swiglu(x, scores, w_gate_up, w_down):
 def _gate(gate_up):
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return jax.nn.silu(gate) * up
-
-
-def _vary_together(*arrays):
-    """Inside shard_map, let all arrays vary over the union of their mesh axes.
-
-    What varies already stays the same array: the depth scan keeps weights apart from other residuals by identity. The
-    axes are sorted because the order of a set differs from process to process, and with it the order of devices in
-    collectives (here, in the transpose): processes with different programs wait for each other forever.
-    """
-    own = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    missing = [sorted(frozenset().union(*own) - o) for o in own]
-    return [lax.pcast(a, tuple(axes), to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]
 
 
 # dense: the reference
@@ -386,7 +376,7 @@ def _unchecked(f: Callable[..., Array], *args):
         return standard(*args)
     spec = PartitionSpec()
     inner = jax.shard_map(standard, in_specs=(spec,) * len(args), out_specs=spec, axis_names=set(), check_vma=False)
-    return _vary_together(inner(*args), *args)[0]
+    return vary_together(inner(*args), *args)[0]
 
 
 def _tokamax(product: Product, a, b, sizes):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamer_jax.sharding import vary_together
+
 # Float32 logits of one chunk of tokens hold at most this many bytes (but at least MIN_CHUNK tokens make a chunk).
 CHUNK_BYTES = 2**28
 MIN_CHUNK = 64
@@ -46,16 +48,9 @@ def cross_entropy_sum(
     Gradients flow to hidden and lm_head, in their own dtypes; lm_head's is accumulated in float32 over the chunks.
     Without differentiation no gradient work is done.
     """
-    hidden, lm_head, targets, weights = _vary_alike(hidden, lm_head, targets, weights)
+    # So that the gradient of a replicated lm_head is summed over devices outside the custom gradient.
+    hidden, lm_head, targets, weights = vary_together(hidden, lm_head, targets, weights)
     return _loss(hidden, lm_head, targets, lax.stop_gradient(weights).astype(jnp.float32))
-
-
-def _vary_alike(*arrays):
-    """Inside shard_map: mark every array as varying over the axes that any of them varies over, so that the gradient of
-    a replicated lm_head is summed over devices outside the custom gradient."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    axes = frozenset().union(*varying)
-    return [lax.pcast(x, tuple(axes - own), to="varying") for x, own in zip(arrays, varying, strict=True)]
 
 
 @jax.custom_vjp
