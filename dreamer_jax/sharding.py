@@ -6,6 +6,7 @@ parameters into the layout that the loop reads: whole but for the experts, of wh
 holds its part. Its transpose sums the gradients over devices and splits them again.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dreamer_jax.config import ConfigError, MeshConfig
+from dreamer_jax.config import Config, ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert")
 """Mesh axes, slowest links first. All of them split the batch; fsdp and expert split parameters at rest, too."""
@@ -59,6 +60,29 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
         mend = "set one of them to -1 to take all that are left" if not free else "choose sizes that divide them"
         raise ConfigError(f"{asked} does not use the {devices} devices present; {mend}")
     return sizes
+
+
+def cpu_devices(mesh: MeshConfig, rows: int, cores: int) -> int:
+    """Devices to make of a CPU's cores: one a core, because XLA runs the loops of a device's program on one thread.
+
+    Fewer where the batch would not divide, and what the mesh asks for where it leaves no axis free. `rows` are those of
+    a microbatch.
+    """
+    given = 1
+    for size in (mesh.data, mesh.fsdp, mesh.expert):
+        given *= max(size, 1)
+    if -1 not in (mesh.data, mesh.fsdp, mesh.expert):
+        return given
+    fitting = [n for n in range(given, cores + 1, given) if rows % n == 0]
+    return max(fitting, default=given)
+
+
+def use_cores(config: Config) -> None:
+    """Let JAX see `cpu_devices` CPU devices, unless the user has said how many; before it first looks for devices."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 0:
+        return
+    rows = config.train.batch // config.train.microbatches
+    jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, len(os.sched_getaffinity(0))))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

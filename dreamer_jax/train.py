@@ -51,8 +51,11 @@ def run(config: Config) -> int:
     """Train and say what came of it."""
     started = time.monotonic()
     with joined(config.distributed) as group:
-        from dreamer_jax.training.loop import train  # late, so that --help and config errors do not wait for JAX
+        from dreamer_jax.sharding import use_cores  # late, so that --help and config errors do not wait for JAX
+        from dreamer_jax.training.loop import train
 
+        if group.count == 1:
+            use_cores(config)
         summary = train(config, group)
     code = int(os.environ.get(INTERRUPTED_CODE, "0")) if summary.stopped_by else 0
     if group.index:

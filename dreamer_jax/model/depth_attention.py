@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -36,6 +37,7 @@ class DepthAttention(nnx.Module):
         self.norm = norm(stack, config.width)
         self.projections = Projections(config, heads, rngs, stack, merged=merged)
 
+    @jax.named_scope("da")
     def __call__(
         self,
         x: Float[Array, "B T D"],

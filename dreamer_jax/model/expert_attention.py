@@ -35,6 +35,7 @@ class ExpertAttention(nnx.Module):
         for weight, wider in zip(weights, pad(*(w[...] for w in weights)), strict=True):
             weight.set_value(wider)
 
+    @jax.named_scope("ea")
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -58,6 +58,7 @@ class _Routes(NamedTuple):
     """`start`, on each device, of the rows that come from there to this one."""
 
 
+@jax.named_scope("exchange")
 def exchanged_swiglu(
     x: Float[Array, "R D"],
     scores: Float[Array, "R 1"],

@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     sizes: Int[Array, "E"]
 
 
+@jax.named_scope("dispatch")
 def plan(ids: Int[Array, "tokens A"], experts: int) -> Plan:
     """Sort the tokens' choices of experts, stably.
 
@@ -63,14 +64,16 @@ def plan(ids: Int[Array, "tokens A"], experts: int) -> Plan:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dispatch(x: Float[Array, "tokens D"], p: Plan, active: int) -> Float[Array, "R D"]:
     """Copy each token to the rows of the experts it chose. `active` is A; its gradient is `collect`."""
-    return _take(x, p.order // active)
+    with jax.named_scope("dispatch"):
+        return _take(x, p.order // active)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def collect(y: Float[Array, "R D"], p: Plan, active: int) -> Float[Array, "tokens D"]:
     """Add up each token's A rows, in float32, rounded once to the dtype of `y`; its gradient is `dispatch`."""
-    choices = _take(y, p.inverse).reshape(-1, active, y.shape[-1])
-    return choices.astype(jnp.float32).sum(axis=1).astype(y.dtype)
+    with jax.named_scope("combine"):
+        choices = _take(y, p.inverse).reshape(-1, active, y.shape[-1])
+        return choices.astype(jnp.float32).sum(axis=1).astype(y.dtype)
 
 
 dispatch.defvjp(lambda x, p, active: (dispatch(x, p, active), p), lambda active, p, d: (collect(d, p, active), None))
@@ -80,13 +83,15 @@ collect.defvjp(lambda y, p, active: (collect(y, p, active), p), lambda active, p
 @jax.custom_vjp
 def sort(choices: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
     """Bring one row for each choice, in token order, into sorted order."""
-    return _take(choices, p.order)
+    with jax.named_scope("dispatch"):
+        return _take(choices, p.order)
 
 
 @jax.custom_vjp
 def unsort(y: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
     """Bring the rows back to the order of the choices, which for A = 1 is that of the tokens."""
-    return _take(y, p.inverse)
+    with jax.named_scope("combine"):
+        return _take(y, p.inverse)
 
 
 sort.defvjp(lambda choices, p: (sort(choices, p), p), lambda p, d: (unsort(d, p), None))
@@ -132,6 +137,7 @@ def pad_experts_for(
     return jnp.concatenate(halves, axis=2), jnp.pad(w_down, ((0, 0), (0, extra), (0, 0)))
 
 
+@jax.named_scope("experts")
 def grouped_matmul(
     x: Float[Array, "R I"], w: Float[Array, "E I O"], sizes: Int[Array, "E"], *, backend: Backend
 ) -> Float[Array, "R O"]:
@@ -157,6 +163,7 @@ def grouped_matmul(
     return _kernel(x, w, sizes, backend)
 
 
+@jax.named_scope("experts")
 def grouped_swiglu(
     x: Float[Array, "R D"],
     scores: Float[Array, "R 1"],

@@ -86,6 +86,7 @@ class Projections(nnx.Module):
         return y.reshape(*o.shape[:2], -1)
 
 
+@jax.named_scope("projections")
 def _project(
     x: Float[Array, "tokens I"], w: nnx.Param, shared: nnx.Param | None, selection: Selection | None, backend: Backend
 ) -> Float[Array, "tokens O"]:

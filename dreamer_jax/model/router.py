@@ -53,6 +53,7 @@ class Router(nnx.Module):
         # Full float32 on every platform: the order of near-equal logits decides who is selected.
         return jnp.einsum("tr,er->te", query, keys, precision=lax.Precision.HIGHEST) / size**0.5
 
+    @jax.named_scope("router")
     def __call__(
         self,
         x: Float[Array, "tokens D"],

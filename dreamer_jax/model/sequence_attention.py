@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -29,6 +30,7 @@ class SequenceAttention(nnx.Module):
         self.norm = norm(stack, config.width)
         self.projections = Projections(config, heads, rngs, stack, merged=merged)
 
+    @jax.named_scope("sa")
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -46,7 +48,8 @@ class SequenceAttention(nnx.Module):
         angles = sequence_angles(positions, self.config.head_size, self.config.rope_base)[:, :, None, :]
         q = rotate_heads(rms_norm(q, projections.q_norm[...], epsilon), angles)
         k = rotate_heads(rms_norm(k, projections.k_norm[...], epsilon), angles)
-        o, kept = attend(q, k, v)
+        with jax.named_scope("scores"):
+            o, kept = attend(q, k, v)
         return projections.out(o, selection, backend), kept, selection.routing if selection else None
 
 

@@ -37,6 +37,7 @@ def next_token_targets(
     return last_column(tokens[:, 1:]), last_column(same_document.astype(jnp.float32))
 
 
+@jax.named_scope("loss")
 def cross_entropy_sum(
     hidden: Float[Array, "B T D"],
     lm_head: Float[Array, "D V"],

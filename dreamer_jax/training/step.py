@@ -119,6 +119,7 @@ def make_train_step(
     return train_step
 
 
+@jax.named_scope("optimizer")
 def _updated(config: Config, state: TrainState, grads: nnx.State, figures: Figures) -> TrainState:
     """The state after AdamW and one balancing step."""
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it; our own code runs with "strict" too
@@ -161,6 +162,7 @@ def _gradients(
     return grads, lax.psum(losses, AXES), loss_tokens, lax.psum(figures, AXES)
 
 
+@jax.named_scope("weights")
 def working_weights(graph: Any, compute: Compute, biases: nnx.State, params: nnx.State) -> nnx.State:
     """Inside shard_map: this device's part of the parameters as the weights that its depth loops read.
 

@@ -1,0 +1,70 @@
+"""What the speed benchmarks run: LA, DR and DR+DA at matched budgets, at a few sizes, and tokens to learn from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dreamer_jax.accounting.match import match
+from dreamer_jax.config import Config, DataConfig, KernelConfig, ModelConfig, OptimizerConfig, TrainConfig, load
+from dreamer_jax.data.builder import prepare
+from dreamer_jax.data.loader import batches
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SIZES = ("tiny", "small", "1b")
+VARIANTS = {"LA": (False, False), "DR": (True, False), "DR+DA": (True, True)}
+
+_BASES = {
+    "tiny": ModelConfig(
+        depth_recurrent=False, depth_attention=False, depth=8, width=128, vocab=1024, query_heads=4, kv_heads=2,
+        head_size=32, da_head_size=32, router_size=32, experts=8, active_experts=4, expert_width=128,
+    ),
+    "small": ModelConfig(
+        depth_recurrent=False, depth_attention=False, depth=8, width=256, vocab=1024, query_heads=8, kv_heads=4,
+        head_size=32, da_head_size=64, router_size=64, experts=16, active_experts=4, expert_width=128,
+    ),
+}  # fmt: skip
+"""LA's shape; DR and DR+DA are sized after it (3.8)."""
+_ROWS = {"tiny": 4, "small": 4, "1b": 8}
+_FILES = {"LA": "la_1b.py", "DR": "dr_1b.py", "DR+DA": "dr_da_1b.py"}
+
+
+def configs(size: str) -> dict[str, Config]:
+    """By variant: the config of a run in one microbatch on one device."""
+    return {variant: _config(size, variant) for variant in VARIANTS}
+
+
+def _config(size: str, variant: str) -> Config:
+    if size == "1b":
+        config = load(CONFIGS / _FILES[variant])
+        return replace(config, train=replace(config.train, batch=_ROWS[size], microbatches=1, dtype="bfloat16"))
+    base = _BASES[size]
+    recurrent, attention = VARIANTS[variant]
+    model = base
+    if recurrent:
+        wanted = replace(base, depth_recurrent=recurrent, depth_attention=attention)
+        model = match(wanted, base, tolerance=0.05)[-1].config
+    return Config(
+        name=f"speed-{size}",
+        model=model,
+        data=DataConfig(context=512),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, expert_bias_rate=3e-2),
+        train=TrainConfig(batch=_ROWS[size], dtype="float32", remat="none"),
+        kernels=KernelConfig(),
+    )
+
+
+def learned_rows(rows: int, context: int, steps: int) -> np.ndarray:
+    """Text to train on before anything is timed, [steps, rows, context]: the generated mathematics of configs/tiny.py.
+
+    Documents follow one another without padding, and rows count as one document: then every implementation has the same
+    attention to compute, whether it knows of packing or not.
+    """
+    config = load(CONFIGS / "tiny.py")
+    found: list[np.ndarray] = []
+    wanted = steps * rows * context
+    for batch in batches(prepare(config), config, split="train", start_step=0):
+        found.append(batch["tokens"][batch["segment_ids"] > 0])
+        if sum(len(part) for part in found) >= wanted:
+            break
+    return np.concatenate(found)[:wanted].reshape(steps, rows, context).astype(np.int32)
