@@ -41,6 +41,8 @@ RULES: Mapping[str, Rule] = {
 
 WHOLE = Rule((), ())
 
+MOST_CPU_DEVICES = 8
+
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
     """Devices along each axis.
@@ -65,21 +67,22 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 def cpu_devices(mesh: MeshConfig, rows: int, cores: int) -> int:
     """Devices to make of a CPU's cores: one a core, because XLA runs the loops of a device's program on one thread.
 
-    Fewer where the batch would not divide, and what the mesh asks for where it leaves no axis free. `rows` are those of
-    a microbatch.
+    Fewer where the `rows` of a microbatch do not divide, at most MOST_CPU_DEVICES because each holds the weights, and
+    what the mesh asks for where it leaves no axis free.
     """
     given = 1
     for size in (mesh.data, mesh.fsdp, mesh.expert):
         given *= max(size, 1)
     if -1 not in (mesh.data, mesh.fsdp, mesh.expert):
         return given
-    fitting = [n for n in range(given, cores + 1, given) if rows % n == 0]
+    fitting = [n for n in range(given, min(cores, MOST_CPU_DEVICES) + 1, given) if rows % n == 0]
     return max(fitting, default=given)
 
 
 def use_cores(config: Config) -> None:
     """Let JAX see `cpu_devices` CPU devices, unless the user has said how many; before it first looks for devices."""
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 0:
+    told: Any = jax.config  # its flags are not in its type
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or told.jax_num_cpu_devices > 0:
         return
     rows = config.train.batch // config.train.microbatches
     jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, len(os.sched_getaffinity(0))))

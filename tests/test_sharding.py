@@ -1,5 +1,8 @@
 """The mesh and the table of what is split along it."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -11,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from dreamer_jax import sharding
 from dreamer_jax.config import ConfigError, MeshConfig
-from dreamer_jax.sharding import at_work, check_batch, make_mesh, mesh_shape, spec_of, tree_shardings
+from dreamer_jax.sharding import at_work, check_batch, cpu_devices, make_mesh, mesh_shape, spec_of, tree_shardings
 
 
 def test_one_axis_may_take_all_devices_that_are_left():
@@ -35,6 +38,35 @@ def test_a_mesh_that_does_not_use_all_devices_is_refused_with_the_mend(mesh, mes
 def test_impossible_meshes_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         MeshConfig(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "cores", "devices"),
+    [
+        (MeshConfig(), 4, 2, 2),
+        (MeshConfig(), 4, 3, 2),
+        (MeshConfig(), 5, 4, 1),
+        (MeshConfig(), 64, 64, 8),
+        (MeshConfig(expert=2), 8, 5, 4),
+        (MeshConfig(data=1), 8, 4, 1),
+        (MeshConfig(data=2, fsdp=2, expert=2), 8, 2, 8),
+        (MeshConfig(expert=4), 8, 2, 4),
+    ],
+)
+def test_a_cpu_has_a_device_for_each_core_that_the_batch_can_use(mesh, rows, cores, devices):
+    assert cpu_devices(mesh, rows, cores) == devices
+
+
+def test_the_door_makes_the_devices_unless_the_user_has():
+    """In processes of their own: JAX counts its devices once."""
+    code = (
+        "import os, jax; from dreamer_jax.config import *; from dreamer_jax.sharding import use_cores; "
+        "use_cores(Config(name='any', mesh=MeshConfig(data=3), train=TrainConfig(batch=6))); print(len(jax.devices()))"
+    )
+    alone = os.environ | {"XLA_FLAGS": ""}
+    forced = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}
+    found = [subprocess.check_output([sys.executable, "-c", code], env=e, text=True) for e in (alone, forced)]
+    assert found == ["3\n", "5\n"]
 
 
 def test_matrices_are_split_along_the_width_and_norms_are_whole():
