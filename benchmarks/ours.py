@@ -1,4 +1,4 @@
-"""Contestant: the train step of this project. Started by benchmarks/train_step.py and benchmarks/profile_step.py."""
+"""Contestant: this project, training or decoding. Started by train_step.py, decode.py and profile_step.py."""
 
 import json
 import sys
@@ -9,19 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contestant import HostMemory, serve
+from flax import nnx
 from sizes import configs
 
 from dreamer_jax import sharding
 from dreamer_jax.accounting.flops import training_flops
-from dreamer_jax.accounting.params import parameters
+from dreamer_jax.accounting.params import attention_weights, expert_weights, parameters, router_weights
 from dreamer_jax.config import Config
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.inference import engine
+from dreamer_jax.inference.cache import rows_for
+from dreamer_jax.inference.sample import Sampling, sequence_keys
+from dreamer_jax.model.dreamer import Compute, Dreamer
 from dreamer_jax.training.step import TrainState, init_state, make_train_step
 
 
 def main() -> None:
     spec = json.loads(sys.argv[-1])
     config = configs(spec["size"])[spec["name"]]
+    (decode if spec.get("batch") else train)(config, spec)
+
+
+def train(config: Config, spec: dict[str, Any]) -> None:
+    """Warm up on all rows, then take steps on the last."""
     memory = HostMemory()
     step, state, batches, compile_seconds = warm_step(config, np.load(spec["rows"]))
     counts = None
@@ -49,6 +58,59 @@ def main() -> None:
         return int(stats["peak_bytes_in_use"]) if stats else memory.peak()
 
     serve(about, take, peak_bytes)
+
+
+def decode(config: Config, spec: dict[str, Any]) -> None:
+    """Read prompts, then decode a token of each row at every step, greedily; weights as initialised."""
+    model, compute, memory = Dreamer(config.model, nnx.Rngs(0)), Compute.of(config), HostMemory()
+    decoder, sampling = engine.prepare(model, compute), Sampling(0.0, 1.0)
+    prompts = jnp.asarray(prompt_rows(spec))
+    lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
+    keys, rows = sequence_keys(0, len(prompts)), rows_for(config.data.context)
+    cache, tokens = engine._first(decoder, sampling, rows, prompts, lengths, keys)
+    positions = lengths
+    about = {"tokens": len(prompts), "weight_bytes": weight_bytes(config, len(prompts)), "copy": copy_speed()}
+    cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache))
+
+    def take() -> None:
+        nonlocal cache, tokens, positions
+        cache, tokens = engine._next(decoder, sampling, cache, tokens, positions, keys)
+        positions = positions + 1
+        tokens.block_until_ready()
+
+    take()
+    serve(about | {"cache_bytes": cache_bytes}, take, memory.peak)
+
+
+def prompt_rows(spec: dict[str, Any]) -> np.ndarray:
+    """[batch, 128] tokens."""
+    rows = np.load(spec["rows"]).reshape(-1, np.load(spec["rows"]).shape[-1])
+    return np.resize(rows[:, :128], (spec["batch"], 128))
+
+
+def weight_bytes(config: Config, batch: int) -> int:
+    """Weights that one decoded token of each row reads, if rows choose different experts as long as there are any."""
+    model, size = config.model, jnp.dtype(config.train.dtype).itemsize
+    routers = len(attention_weights(model)) * router_weights(model, model.linear_experts) * model.routed_attention
+    routers += router_weights(model, model.experts)
+    attention = sum(attention_weights(model).values()) * (
+        min(batch, model.linear_experts) if model.routed_attention else 1
+    )
+    experts = expert_weights(model) * min(batch * model.active_experts, model.experts)
+    return size * (model.depth * (routers + attention + experts) + model.width * model.vocab)
+
+
+def copy_speed() -> float:
+    """Bytes per second of an update in place of a large array, read and written."""
+    a = jnp.ones(2**26, jnp.float32)
+    add = jax.jit(lambda a: a + 1, donate_argnums=0)
+    a = add(a).block_until_ready()
+    best = np.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        a = add(a).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return 2 * a.nbytes / best
 
 
 def warm_step(config: Config, rows: np.ndarray) -> tuple[Any, TrainState, list[Any], float]:

@@ -1,4 +1,4 @@
-"""Contestant: a mixture of experts of Hugging Face transformers with LA's shape. Started by benchmarks/train_step.py.
+"""Contestant: a mixture of experts of transformers with LA's shape. Started by train_step.py and decode.py.
 
 The same rows, AdamW and gradient clipping; attention through PyTorch's scaled_dot_product_attention. Balanced as each
 model is meant to be: Qwen3 by its auxiliary loss, GLM-4 by a bias on its router, which this file moves towards an even
@@ -30,6 +30,31 @@ def main() -> None:
     memory = HostMemory()
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     model = made(spec["name"], config, spec["experts"], dtype).to(device)
+    (decode if spec.get("batch") else train)(model, config, spec, memory)
+
+
+@torch.inference_mode()
+def decode(model: Any, config: Config, spec: dict[str, Any], memory: HostMemory) -> None:
+    """Read prompts, then decode a token of each row at every step, greedily; weights as initialised."""
+    rows = np.load(spec["rows"])
+    prompts = np.resize(rows.reshape(-1, rows.shape[-1])[:, :128], (spec["batch"], 128)).astype(np.int64)
+    model.eval()
+    output = model(input_ids=torch.from_numpy(prompts).to(model.device), use_cache=True, logits_to_keep=1)
+
+    def take() -> None:
+        nonlocal output
+        tokens = output.logits[:, -1:].argmax(dim=-1)
+        output = model(input_ids=tokens, past_key_values=output.past_key_values, use_cache=True)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    take()
+    serve({"tokens": len(prompts)}, take, memory.peak)
+
+
+def train(model: Any, config: Config, spec: dict[str, Any], memory: HostMemory) -> None:
+    """Warm up on all rows, then take steps on the last."""
+    device, dtype = model.device.type, model.dtype
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate, fused=True)
     batches = [torch.from_numpy(part.astype(np.int64)).to(device) for part in np.load(spec["rows"])]
     counts = Counts(model)

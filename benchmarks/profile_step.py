@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ours import imbalance, matmul_flops, warm_step
+from ours import copy_speed, imbalance, matmul_flops, warm_step
 from sizes import VARIANTS, configs, learned_rows
 
 from dreamer_jax.accounting.flops import training_flops
@@ -178,19 +178,6 @@ def floors(config: Config, matmul: float, copy: float) -> dict[str, float]:
         * 7
         / copy,  # weight, gradient, two moments in; all but the gradient out
     }
-
-
-def copy_speed() -> float:
-    """Bytes per second of an update in place of a large array, read and written."""
-    a = jnp.ones(2**26, jnp.float32)
-    add = jax.jit(lambda a: a + 1, donate_argnums=0)
-    a = add(a).block_until_ready()
-    best = np.inf
-    for _ in range(5):
-        started = time.perf_counter()
-        a = add(a).block_until_ready()
-        best = min(best, time.perf_counter() - started)
-    return 2 * a.nbytes / best
 
 
 def report(config: Config, args: argparse.Namespace, seconds: float, load: float, found: dict[str, float]) -> str:

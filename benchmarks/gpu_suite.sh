@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# All speed figures of one NVIDIA GPU of 80 GB or more, in about eight minutes, into benchmarks/results/:
+#
+#   pip install -e '.[gpu]' torch transformers && bash benchmarks/gpu_suite.sh
+#
+# Training steps of LA, DR and DR+DA at 1.17B parameters beside transformers' Qwen3 with LA's shape, the map of DR+DA's
+# step, and decoding. A part that fails or takes too long is reported and the next one starts.
+set -uo pipefail
+cd "$(dirname "$0")" || exit
+python=${PYTHON:-python}
+device=$("$python" -c "import jax; print(jax.devices()[0].device_kind.replace(' ', '-').lower())") || exit 1
+out=results/gpu_${device}_$(date +%Y-%m).md
+{
+  echo "# Training and decoding on one $device"
+  echo
+  "$python" -c "import jax; print('jax', jax.__version__)"
+} > "$out"
+
+part() { # title, seconds, command ...
+  local title=$1 seconds=$2
+  shift 2
+  echo "$title" >&2
+  printf "\n## %s\n\n    %s\n\n" "$title" "$*" >> "$out"
+  timeout "$seconds" "$python" "$@" >> "$out" || echo "failed, or longer than $seconds s (exit code $?)" >> "$out"
+}
+
+part "Training step" 270 train_step.py --size 1b --apart --rounds 3 --steps 3 --warm 12 --no-compile \
+  --experts grouped_mm --only LA DR DR+DA Qwen3Moe
+part "Where DR+DA's step goes" 120 profile_step.py --size 1b --variant DR+DA --warm 6 --top 30
+part "Decoding" 90 decode.py --size 1b --batches 1 64 --rounds 3
+echo "$out"
