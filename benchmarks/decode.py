@@ -17,6 +17,8 @@ from pathlib import Path
 from contestant import Contestant
 from train_step import peers_installed, start, write_rows
 
+PROMPT = 128
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,7 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder) / "rows.npy", args.size, 1)
         for batch in args.batches:
-            common = {"size": args.size, "rows": rows, "batch": batch}
+            longest = PROMPT + 2 + args.rounds * args.steps
+            common = {"size": args.size, "rows": rows, "batch": batch, "prompt": PROMPT, "longest": longest}
             lines += measured(batch, {label: common | spec for label, spec in specs.items()}, args)
     text = "\n".join(lines)
     print(text)

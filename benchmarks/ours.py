@@ -66,7 +66,7 @@ def decode(config: Config, spec: dict[str, Any]) -> None:
     decoder, sampling = engine.prepare(model, compute), Sampling(0.0, 1.0)
     prompts = jnp.asarray(prompt_rows(spec))
     lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
-    keys, rows = sequence_keys(0, len(prompts)), rows_for(config.data.context)
+    keys, rows = sequence_keys(0, len(prompts)), rows_for(spec["longest"])
     cache, tokens = engine._first(decoder, sampling, rows, prompts, lengths, keys)
     positions = lengths
     about = {"tokens": len(prompts), "weight_bytes": weight_bytes(config, len(prompts)), "copy": copy_speed()}
@@ -83,9 +83,9 @@ def decode(config: Config, spec: dict[str, Any]) -> None:
 
 
 def prompt_rows(spec: dict[str, Any]) -> np.ndarray:
-    """[batch, 128] tokens."""
+    """[batch, prompt] tokens."""
     rows = np.load(spec["rows"]).reshape(-1, np.load(spec["rows"]).shape[-1])
-    return np.resize(rows[:, :128], (spec["batch"], 128))
+    return np.resize(rows[:, : spec["prompt"]], (spec["batch"], spec["prompt"]))
 
 
 def weight_bytes(config: Config, batch: int) -> int:

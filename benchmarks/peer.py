@@ -37,7 +37,9 @@ def main() -> None:
 def decode(model: Any, config: Config, spec: dict[str, Any], memory: HostMemory) -> None:
     """Read prompts, then decode a token of each row at every step, greedily; weights as initialised."""
     rows = np.load(spec["rows"])
-    prompts = np.resize(rows.reshape(-1, rows.shape[-1])[:, :128], (spec["batch"], 128)).astype(np.int64)
+    prompts = np.resize(rows.reshape(-1, rows.shape[-1])[:, : spec["prompt"]], (spec["batch"], spec["prompt"])).astype(
+        np.int64
+    )
     model.eval()
     output = model(input_ids=torch.from_numpy(prompts).to(model.device), use_cache=True, logits_to_keep=1)
 

@@ -18,13 +18,13 @@ class SequenceCache(NamedTuple):
     end, and each generated token overwrites the padding at its own position.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
 
 
 def empty_cache(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) -> SequenceCache:
     """A cache for `batch` sequences of at most `rows` tokens."""
-    shape = (config.depth, batch, rows, config.kv_heads, config.head_size)
+    shape = (config.depth, batch, config.kv_heads, rows, config.head_size)
     return SequenceCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -39,7 +39,8 @@ def write_prompts(
 ) -> SequenceCache:
     """The cache with the first T rows of depth `l` replaced."""
     start = (l, *[jnp.zeros_like(l)] * 4)
-    return SequenceCache(*(lax.dynamic_update_slice(c, new[None], start) for c, new in zip(cache, (k, v), strict=True)))
+    heads_first = (a.swapaxes(1, 2)[None] for a in (k, v))
+    return SequenceCache(*(lax.dynamic_update_slice(c, new, start) for c, new in zip(cache, heads_first, strict=True)))
 
 
 def write_tokens(
@@ -51,10 +52,12 @@ def write_tokens(
 ) -> SequenceCache:
     """The cache with one row of depth `l` replaced in each sequence: the one at its position."""
     sequences = jnp.arange(positions.shape[0])
-    return SequenceCache(*(c.at[l, sequences, positions].set(new[:, 0]) for c, new in zip(cache, (k, v), strict=True)))
+    return SequenceCache(
+        *(c.at[l, sequences, :, positions].set(new[:, 0]) for c, new in zip(cache, (k, v), strict=True))
+    )
 
 
-def rows_at(cache: SequenceCache, l: Int[Array, ""]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+def rows_at(cache: SequenceCache, l: Int[Array, ""]) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Keys and values of depth `l`."""
     k, v = (lax.dynamic_index_in_dim(c, l, 0, keepdims=False) for c in cache)
     return k, v
@@ -62,7 +65,7 @@ def rows_at(cache: SequenceCache, l: Int[Array, ""]) -> tuple[Float[Array, "B S 
 
 def visible_rows(cache: SequenceCache, positions: Int[Array, "B"]) -> Bool[Array, "B 1 S"]:
     """The rows that a token may see: those up to its own position."""
-    rows = jnp.arange(cache.k.shape[2])
+    rows = jnp.arange(cache.k.shape[3])
     return (rows[None, :] <= positions[:, None])[:, None, :]
 
 

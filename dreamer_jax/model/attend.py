@@ -55,7 +55,7 @@ def attend_sequence(
     if backend == "splash":
         return _call_kernel(_attend_splash, q, k, v, segment_ids)
     if backend == "dense":
-        return attend_cache(q, k, v, causal_mask(segment_ids))
+        return attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), causal_mask(segment_ids))
     assert_never(backend)
 
 
@@ -67,16 +67,22 @@ def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 def attend_cache(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of T queries over the entries of a cache that are visible to each; nothing visible gives zeros."""
+    """Attention of T queries over the entries of a cache that are visible to each; nothing visible gives zeros.
+
+    Keys and values stand head by head, as the products read them: otherwise XLA reorders the cache for every token.
+    """
     B, T, N, H = q.shape
-    grouped = q.reshape(B, T, k.shape[2], -1, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(H)
-    probabilities = jax.nn.softmax(scores, axis=-1, where=visible[:, None, None])
-    out = jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    K = k.shape[1]
+    rows = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32) / math.sqrt(H)
+    seen = jnp.tile(visible, (1, N // K, 1))[:, None]
+    probabilities = jax.nn.softmax(scores, axis=-1, where=seen).astype(v.dtype)
+    out = jnp.einsum("bkqs,bksh->bkqh", probabilities, v, preferred_element_type=jnp.float32)
+    out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 

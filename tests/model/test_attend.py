@@ -211,7 +211,7 @@ def test_queries_see_the_visible_entries_of_the_cache(dtype):
     q, k, v = example(2, 3, 4, 2, 8, dtype)[0], *example(2, 9, 1, 2, 8, dtype, seed=1)[1:]
     visible = np.random.default_rng(2).random((2, 3, 9)) < 0.4
     visible[0, 1] = False
-    out = jax.jit(attend_cache)(q, k, v, jnp.array(visible))
+    out = jax.jit(attend_cache)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.array(visible))
     assert_near([out], oracle(q, k, v, visible)[:1], TOLERANCE[dtype])
     assert (np.asarray(out[0, 1]) == 0).all()
 
