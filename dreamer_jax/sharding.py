@@ -85,7 +85,9 @@ def use_cores(config: Config) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or told.jax_num_cpu_devices > 0:
         return
     rows = config.train.batch // config.train.microbatches
-    jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, len(os.sched_getaffinity(0))))
+    # Where the system can tell, the cores that are ours: a container or a scheduler may grant fewer than there are.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, cores))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
