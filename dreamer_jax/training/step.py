@@ -155,13 +155,9 @@ def _gradients(
     # How gradients reach the parameters: what makes weights of them is linear, and transposed here in float32.
     exact = dataclasses.replace(compute, dtype=jnp.float32)
     unused, pullback = jax.vjp(functools.partial(working_weights, graph, exact, biases), params)
-    if config.train.microbatches == 1:  # nothing to add up: no float32 sums beside the gradients
-        (losses, figures), grads = jax.value_and_grad(objective, has_aux=True)(weights, inputs)
-        sums = jax.tree.map(lambda total, grad: grad.astype(total.dtype), unused, grads)
-    else:
-        nothing = jax.tree.map(jnp.zeros_like, unused)
-        sums, found = lax.scan(accumulate, nothing, _microbatches(inputs, config))
-        losses, figures = jax.tree.map(lambda a: jnp.sum(a, axis=0), found)
+    nothing = jax.tree.map(jnp.zeros_like, unused)
+    sums, (losses, figures) = lax.scan(accumulate, nothing, _microbatches(inputs, config))
+    losses, figures = jax.tree.map(lambda a: jnp.sum(a, axis=0), (losses, figures))
     (grads,) = pullback(sums)
     return grads, lax.psum(losses, AXES), loss_tokens, lax.psum(figures, AXES)
 
