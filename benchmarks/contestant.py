@@ -21,6 +21,7 @@ class Contestant:
 
     def __init__(self, command: list[str], spec: dict[str, Any], environment: dict[str, str] | None = None):
         """Start it; `spec` is its last argument."""
+        self._name = " ".join(command)
         self._process = subprocess.Popen(
             [*command, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -45,12 +46,12 @@ class Contestant:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        """Its next line; an ImportError or what else ended it comes back as {"failed": ...}."""
+        """Its next message."""
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
-        raise RuntimeError(f"{' '.join(map(str, self._process.args[:-1]))} ended with code {self._process.wait()}")  # type: ignore[index]
+        raise RuntimeError(f"{self._name} ended with code {self._process.wait()}")
 
 
 def serve(about: dict[str, Any], step: Callable[[], None], peak_bytes: Callable[[], int]) -> None:
