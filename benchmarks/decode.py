@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from contestant import Contestant
+from sizes import SIZES
 from train_step import peers_installed, start, write_rows
 
 PROMPT = 128
@@ -22,7 +23,7 @@ PROMPT = 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small")
+    parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)

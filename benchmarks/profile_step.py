@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ours import copy_speed, imbalance, matmul_flops, warm_step
-from sizes import VARIANTS, configs, learned_rows
+from sizes import SIZES, VARIANTS, configs, learned_rows
 
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.params import parameters
@@ -56,7 +56,7 @@ class Event(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--size", default="tiny", choices=SIZES)
     parser.add_argument("--variant", default="DR+DA", choices=VARIANTS)
     parser.add_argument("--warm", type=int, default=30, help="steps of training before")
     parser.add_argument("--steps", type=int, default=3, help="steps to trace")

@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 from contestant import Contestant
+from sizes import SIZES
 
 HERE = Path(__file__).resolve().parent
 OURS = ("LA", "DR", "DR+DA")
@@ -36,11 +37,11 @@ EXPERTS = ("grouped_mm", "eager")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny", help="tiny, small (CPUs) or 1b (a GPU of 80 GB)")
+    parser.add_argument("--size", default="tiny", choices=SIZES, help="tiny, small (CPUs) or 1b (a GPU of 80 GB)")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each implementation has")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--warm", type=int, default=30, help="steps of training before")
-    parser.add_argument("--only", nargs="+", help="names of implementations")
+    parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), help="names of implementations")
     parser.add_argument("--experts", nargs="+", default=list(EXPERTS), help="the peers' ways to multiply, fastest wins")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="try torch.compile, too")
     parser.add_argument("--apart", action="store_true", help="one after the other instead of in turns (GPUs)")
