@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All speed figures of one NVIDIA GPU of 80 GB or more, in about eight minutes, into benchmarks/results/:
+# All speed figures of one NVIDIA GPU of 80 GB or more, cut off after eight minutes, into benchmarks/results/:
 #
 #   pip install -e '.[gpu]' torch transformers && bash benchmarks/gpu_suite.sh
 #
