@@ -240,8 +240,8 @@ class TrainConfig:
 class KernelConfig:
     """Implementations; 'auto' chooses by platform."""
 
-    attention: Literal["auto", "blocks", "cudnn", "tokamax", "splash", "dense"] = "auto"
-    grouped_matmul: Literal["auto", "blocks", "tokamax", "megablox", "dense"] = "auto"
+    attention: Literal["auto", "native", "blocks", "cudnn", "tokamax", "splash", "dense"] = "auto"
+    grouped_matmul: Literal["auto", "native", "blocks", "tokamax", "megablox", "dense"] = "auto"
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"
     """How rows travel to the devices that hold their experts (mesh.expert > 1)."""
 

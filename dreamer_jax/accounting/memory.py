@@ -97,7 +97,8 @@ def training_memory(config: Config, mesh: Mapping[str, int] = SINGLE, platform: 
     cache = model.depth * tokens * 2 * size * _da_cache(model)
     # A CPU computes in float32 whatever the compute type.
     inner = FLOAT if platform == "cpu" else size
-    rows = (1 + _routed(model)) * model.active_experts * model.width * inner
+    native = platform == "cpu" and size == FLOAT
+    rows = (1 if native else 1 + _routed(model)) * model.active_experts * model.width * inner
     if platform != "cpu":  # kernels hold the inner activations of all rows: gate and up, their product, all gradients
         slots = EXCHANGE_SLACK if mesh["expert"] > 1 else 1
         rows += slots * model.active_experts * 6 * _kernel_width(model) * size
@@ -158,7 +159,7 @@ def saved_bytes(model: ModelConfig, size: int, remat: str) -> int:
     kv, da_kv = model.kv_heads * model.head_size, _da_cache(model) // 2
     da = depth_attention * model.da_heads * model.da_head_size
     # Norms, RoPE and routers compute in float32, and keep it.
-    in_float = (6 + 3 * recurrent + 3 * depth_attention) * model.width + 4 * (sa + kv + da + da_kv)
+    in_float = (6 + 3 * recurrent + 3 * depth_attention) * model.width + 3 * (sa + kv + da + da_kv)
     in_float += 5 * (1 + routers) * model.router_size + depth_attention * model.depth * model.da_heads
     rows = 2 + depth_attention + 3 * recurrent * (1 + depth_attention) + model.active_experts
     in_type = rows * model.width + 3 * sa + 2 * (kv + da + da_kv)

@@ -20,6 +20,7 @@ from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequ
 from dreamer_jax.model import attend
 from dreamer_jax.model.dreamer import Compute, Dreamer, depth_weights, layer_at, layer_input, prepared
 from dreamer_jax.model.norm import rms_norm
+from dreamer_jax.model.rope import sequence_rotation
 
 OnToken = Callable[[int, int], bool | None]
 """(row of the batch, new token) -> True to end this row here."""
@@ -213,6 +214,7 @@ def _through_depths(
 ) -> tuple[Float[Array, "B T D"], SequenceCache]:
     """The LM head's input, with `attend_at(cache, l, q, k, v)` as the attention of SA at depth l."""
     config, matmul = decoder.config, decoder.compute.matmul
+    rotation = sequence_rotation(positions, config.head_size, config.rope_base)
     y = decoder.embed.at[tokens].get(mode="clip")
 
     def step(carry: Any, inputs: Any) -> Any:
@@ -220,7 +222,7 @@ def _through_depths(
         l, own = inputs
         x = layer_input(config, decoder.shared, y, l)
         layer = layer_at(config, decoder.graph, decoder.shared, own, decoder.biases, l)
-        output = layer(x, l, positions, counted, depths, functools.partial(attend_at, cache, l), matmul)
+        output = layer(x, l, rotation, counted, depths, functools.partial(attend_at, cache, l), matmul)
         return (output.y, memory.write_depth(depths, l, output.entry), output.kept), None
 
     carry = (y, memory.empty_depth_cache(config, y), cache)

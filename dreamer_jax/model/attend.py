@@ -1,9 +1,9 @@
 """Softmax attention over the sequence, over the cache of a generated sequence, and over the depths of one token.
 
-The sequence form has one meaning and several backends: `blocks` is plain JAX (flash attention in linear memory, made
-for CPUs), `cudnn` and `tokamax` are NVIDIA kernels, `splash` is the TPU kernel, `dense` writes the T x T matrix out.
-In all of them query head i reads key/value head i // (N / K), scores are divided by sqrt(H), and the softmax is in
-float32.
+The sequence form has one meaning and several backends: `native` is a C++ kernel for CPUs in float32, `blocks` is plain
+JAX (flash attention in linear memory, for CPUs without a C++ compiler), `cudnn` and `tokamax` are NVIDIA kernels,
+`splash` is the TPU kernel, `dense` writes the T x T matrix out. In all of them query head i reads key/value head
+i // (N / K), scores are divided by sqrt(H), and the softmax is in float32.
 """
 
 import math
@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamer_jax.native import kernels as native
 from dreamer_jax.sharding import axes_of
 
-AttentionBackend = Literal["blocks", "cudnn", "tokamax", "splash", "dense"]
+AttentionBackend = Literal["native", "blocks", "cudnn", "tokamax", "splash", "dense"]
 
 # Tokens of a query or key block of the `blocks` backend: the scores of a block pair should fit a core's second cache.
 BLOCK = 64
@@ -30,7 +31,9 @@ def default_backend(platform: str, dtype: DTypeLike) -> AttentionBackend:
     """The backend for a JAX platform ("cpu", "gpu" or "tpu") and compute type; NVIDIA's kernels want 16 bits."""
     if platform == "tpu":
         return "splash"
-    return "tokamax" if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2 else "blocks"
+    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+        return "tokamax"
+    return "native" if platform == "cpu" and native.computes(dtype) else "blocks"
 
 
 def attend_sequence(
@@ -46,6 +49,8 @@ def attend_sequence(
     Token t sees the tokens s <= t of its row with the same segment id. The tokens of a document are contiguous; padding
     (segment id 0) attends to itself, so that no row of the softmax is empty.
     """
+    if backend == "native":
+        return _attend_native(q, k, v, _document_start(segment_ids))
     if backend == "blocks":
         return _attend_blocks(q, k, v, segment_ids)
     if backend == "cudnn":
@@ -89,6 +94,27 @@ def attend_cache(
 def _pad_tokens(x, multiple):
     """Fill axis 1 up to a multiple: the new keys lie after every query, the new queries receive no cotangent."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+
+
+# ---- native: a C++ kernel
+
+
+@jax.custom_vjp
+def _attend_native(q, k, v, start):
+    return native.attend(q, k, v, start)[0]
+
+
+def _attend_native_forward(q, k, v, start):
+    out, lse = checkpoint_name(native.attend(q, k, v, start), "attention")  # as in `_attend_rows_forward`
+    return out, (q, k, v, start, out, lse)
+
+
+def _attend_native_backward(residuals, d_out):
+    q, k, v, start, out, lse = residuals
+    return *native.attend_gradients(q, k, v, start, out, lse, d_out), None
+
+
+_attend_native.defvjp(_attend_native_forward, _attend_native_backward)
 
 
 # ---- blocks: flash attention in plain JAX. A row's keys are visited block by block with a running softmax, so memory

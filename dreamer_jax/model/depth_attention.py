@@ -12,9 +12,8 @@ from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, norm
 from dreamer_jax.model.projections import Heads, Projections
-from dreamer_jax.model.rope import depth_angles
+from dreamer_jax.model.rope import depth_rotation, rotate
 from dreamer_jax.model.router import Routing
-from dreamer_jax.model.sequence_attention import rotate_heads
 
 
 class DepthCache(NamedTuple):
@@ -54,9 +53,9 @@ class DepthAttention(nnx.Module):
         x = rms_norm(x, self.norm[...], epsilon)
         selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
         q, k, v = projections.qkv(x, selection, backend)
-        angles = depth_angles(l, config.depth, config.da_head_size, config.depth_rope_base)[None, None, None, :]
-        q = rotate_heads(rms_norm(q, projections.q_norm[...], epsilon), angles)
-        k = rotate_heads(rms_norm(k, projections.k_norm[...], epsilon), angles)
+        rotation = depth_rotation(l, config.depth, config.da_head_size, config.depth_rope_base)
+        q = rotate(rms_norm(q, projections.q_norm[...], epsilon), rotation)
+        k = rotate(rms_norm(k, projections.k_norm[...], epsilon), rotation)
         o, attention = attend_depth(q, k, v, cache.k, cache.v, l)
         return (
             projections.out(o, selection, backend),

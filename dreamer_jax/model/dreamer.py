@@ -20,6 +20,7 @@ from dreamer_jax.model.mixture import Layer, LayerOutput
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import cast_matrices, input_std, matrix, norm, taken_apart
 from dreamer_jax.model.recurrence import Remat, depth_scan
+from dreamer_jax.model.rope import Rotation, sequence_rotation
 from dreamer_jax.model.router import Routing
 
 
@@ -46,7 +47,7 @@ class Compute:
             attention=attend.default_backend(platform, config.train.dtype)
             if kernels.attention == "auto"
             else kernels.attention,
-            matmul=grouped_matmul.default_backend(platform)
+            matmul=grouped_matmul.default_backend(platform, config.train.dtype)
             if kernels.grouped_matmul == "auto"
             else kernels.grouped_matmul,
             exchange=_exchange(kernels.expert_exchange, mesh),
@@ -135,7 +136,7 @@ class Dreamer(nnx.Module):
         """As a call, of a model whose weights are `prepared`: once per step, however many forward passes it has."""
         config, x = self.config, self.embedded(tokens, compute)
         graph, shared, stacked, biases = depth_weights(self)
-        constants = (biases, positions, segment_ids)
+        constants = (biases, sequence_rotation(positions, config.head_size, config.rope_base), segment_ids)
         body = functools.partial(_depth_step, config, graph, compute, capture)
         entry = depth_entry(config, x)
         y, aux = depth_scan(body, shared, stacked, constants, x, entry, depth=config.depth, remat=compute.remat)
@@ -213,13 +214,13 @@ def _depth_step(
     capture: bool,
     shared: dict[str, Any],
     own: dict[str, Any],
-    constants: tuple[nnx.State, Array, Array],
+    constants: tuple[nnx.State, Rotation, Array],
     y: Float[Array, "B T D"],
     cache: DepthCache | None,
     l: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], DepthCache | None, Any]:
     """One depth of training, y_{l-1} to y_l: packed attention, figures, and on request the capture."""
-    biases, positions, segment_ids = constants
+    biases, rotation, segment_ids = constants
     x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
     counted = segment_ids > 0
@@ -227,7 +228,7 @@ def _depth_step(
     def attend_packed(q: Array, k: Array, v: Array) -> tuple[Array, None]:
         return attend.attend_sequence(q, k, v, segment_ids, backend=compute.attention), None
 
-    output = layer(x, l, positions, counted, cache, attend_packed, compute.matmul, compute.exchange)
+    output = layer(x, l, rotation, counted, cache, attend_packed, compute.matmul, compute.exchange)
     aux: tuple[Any, ...] = _figures(output, counted)
     aux = (*aux, (x, _by_kind(output), output.depth_attention) if capture else None)
     return output.y, output.entry, lax.stop_gradient(aux)

@@ -10,7 +10,8 @@ A mixture of experts sends every token to A of E experts. The way through this f
 No capacity limit drops a token, and nothing here scatters floats: every gather has a gather as its gradient, so results
 are the same from run to run. Backends differ in how they multiply, not in what they compute:
 
-    blocks     a loop over blocks of rows that belong to one expert; plain JAX, made for CPUs
+    native     C++ kernels for CPUs, float32 (dreamer_jax/native)
+    blocks     a loop over blocks of rows that belong to one expert; plain JAX, for CPUs without a compiler, any dtype
     tokamax    tokamax's ragged products: Mosaic or Triton kernels on NVIDIA GPUs, Mosaic on TPUs (optional dependency)
     megablox   JAX's own Pallas kernels for TPUs, interpreted (slowly) where there is no TPU
     dense      every expert on every row in float32: the reference for tests
@@ -24,11 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dreamer_jax.native import kernels as native
 from dreamer_jax.sharding import vary_together
 
-Backend = Literal["blocks", "tokamax", "megablox", "dense"]
+Backend = Literal["native", "blocks", "tokamax", "megablox", "dense"]
 
 
 class Plan(NamedTuple):
@@ -102,15 +105,15 @@ def _take(a, rows):
     return a.at[rows].get(mode="promise_in_bounds")
 
 
-def default_backend(platform: str) -> Backend:
-    """The fastest backend of a JAX platform ("cpu", "gpu", "cuda" or "tpu").
+def default_backend(platform: str, dtype: DTypeLike) -> Backend:
+    """The fastest backend of a JAX platform ("cpu", "gpu", "cuda" or "tpu") for a compute type.
 
     Raises:
         ValueError: the platform has none.
     """
     match platform:
         case "cpu":
-            return "blocks"
+            return "native" if native.computes(dtype) else "blocks"
         case "gpu" | "cuda":
             return "tokamax"
         case "tpu":
@@ -188,8 +191,11 @@ def grouped_swiglu(
     Raises:
         ImportError: backend "tokamax" without tokamax.
     """
-    if backend == "blocks":
+    if backend in ("native", "blocks"):
         x, scores, w_gate_up, w_down, sizes = vary_together(x, scores, w_gate_up, w_down, sizes)
+    if backend == "native":
+        return _native_swiglu(x, scores, w_gate_up, w_down, sizes)
+    if backend == "blocks":
         return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), (x, scores), (w_gate_up, w_down), sizes)
     # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
     owned = (jnp.arange(x.shape[0], dtype=sizes.dtype) < jnp.sum(sizes))[:, None]
@@ -340,7 +346,27 @@ def _blocks_backward(f, heights, residuals, d_y):
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-# tokamax and megablox: kernels
+# native: the whole SwiGLU in one call; the backward pass computes the inner activation again, from caches
+
+
+@jax.custom_vjp
+def _native_swiglu(x, scores, w_gate_up, w_down, sizes):
+    return native.swiglu(x, scores, w_gate_up, w_down, sizes)
+
+
+def _native_swiglu_forward(x, scores, w_gate_up, w_down, sizes):
+    return _native_swiglu(x, scores, w_gate_up, w_down, sizes), (x, scores, w_gate_up, w_down, sizes)
+
+
+def _native_swiglu_backward(residuals, d_y):
+    x, scores, w_gate_up, w_down, sizes = residuals
+    return *native.swiglu_gradients(x, scores, w_gate_up, w_down, d_y, sizes), None
+
+
+_native_swiglu.defvjp(_native_swiglu_forward, _native_swiglu_backward)
+
+
+# native, tokamax and megablox: kernels
 #
 # A kernel library offers the three products of a linear map and its gradient:
 #   forward  [R, I] x [E, I, O] -> [R, O]     d_x  [R, O] x [E, I, O] -> [R, I]     d_w  [R, I] x [R, O] -> [E, I, O]
@@ -352,7 +378,7 @@ TOKAMAX_IMPLEMENTATIONS = ("mosaic", "triton")  # never its "xla", whose cost gr
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _kernel(x, w, sizes, backend: Backend):
-    return _unchecked(_product(backend, "forward"), x, w, sizes)
+    return _product(backend, "forward")(x, w, sizes)
 
 
 def _kernel_forward(x, w, sizes, backend):
@@ -361,15 +387,16 @@ def _kernel_forward(x, w, sizes, backend):
 
 def _kernel_backward(backend, residuals, d_y):
     x, w, sizes = residuals
-    d_x = _unchecked(_product(backend, "d_x"), d_y, w, sizes)
-    return d_x, _unchecked(_product(backend, "d_w"), x, d_y, sizes), None
+    return _product(backend, "d_x")(d_y, w, sizes), _product(backend, "d_w")(x, d_y, sizes), None
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _product(backend: Backend, product: Product) -> Callable[..., Array]:
-    return partial({"tokamax": _tokamax, "megablox": _megablox}[backend], product)
+    if backend == "native":
+        return partial(native.grouped_product, product)
+    return partial(_unchecked, partial({"tokamax": _tokamax, "megablox": _megablox}[backend], product))
 
 
 def _unchecked(f: Callable[..., Array], *args):

@@ -12,6 +12,7 @@ from dreamer_jax.model.expert_attention import ExpertAttention
 from dreamer_jax.model.expert_parallel import Exchange
 from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.parameters import Stack
+from dreamer_jax.model.rope import Rotation
 from dreamer_jax.model.router import Routing
 from dreamer_jax.model.sequence_attention import Attend, SequenceAttention
 
@@ -57,7 +58,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         l: Int[Array, ""],
-        positions: Int[Array, "B T"],
+        rotation: Rotation,
         counted: Bool[Array, "B T"],
         cache: DepthCache | None,
         attend: Attend,
@@ -67,7 +68,7 @@ class Layer(nnx.Module):
         """y_l from x_l, before the residual norm of DR. `counted` marks the tokens that are not padding."""
         da_update, entry, attention, da_routing = self._depth_update(x, l, counted, cache, backend)
         sa_input = x + da_update if self.config.mixture == "sequential" else x
-        sa_update, kept, sa_routing = self.sa(sa_input, l, positions, counted, attend, backend)
+        sa_update, kept, sa_routing = self.sa(sa_input, l, rotation, counted, attend, backend)
         ea_input = x if self.config.mixture == "parallel" else x + da_update + sa_update
         ea_update, ea_routing = self.ea(ea_input, l, counted, backend, exchange)
         y = x + da_update + sa_update + ea_update

@@ -1,5 +1,8 @@
 """Rotary position encodings over sequence positions and, half of them reversed, over depths (3.3 to 3.5)."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -9,22 +12,38 @@ def frequencies(size: int, base: float) -> Float[Array, "half"]:
     return jnp.asarray(base, jnp.float32) ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
 
 
-def sequence_angles(positions: Int[Array, "B T"], size: int, base: float) -> Float[Array, "B T half"]:
-    """Rotation angles of every token, in radians."""
-    return positions.astype(jnp.float32)[..., None] * frequencies(size, base)[None, None, :]
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles by which the H/2 pairs of numbers turn; broadcast over heads."""
+
+    cos: Float[Array, "*batch half"]
+    sin: Float[Array, "*batch half"]
 
 
-def depth_angles(l: Int[Array, ""], depth: int, size: int, base: float) -> Float[Array, "half"]:
-    """Rotation angles at depth `l` of `depth`: the lower half of the frequencies turn by l, the upper by depth-1-l.
+def sequence_rotation(positions: Int[Array, "B T"], size: int, base: float) -> Rotation:
+    """The rotation of every token, [B, T, 1, half]; the same at all depths."""
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies(size, base)[None, None, None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def depth_rotation(l: Int[Array, ""], depth: int, size: int, base: float) -> Rotation:
+    """The rotation at depth `l` of `depth`, [half]: the lower frequencies turn by l, the upper half by depth-1-l.
 
     The reversed half tells the model how many depths are still to come (3.4).
     """
     forward, reversed_ = jnp.split(frequencies(size, base), 2)
-    return jnp.concatenate([forward * l.astype(jnp.float32), reversed_ * (depth - 1 - l).astype(jnp.float32)])
+    angles = jnp.concatenate([forward * l.astype(jnp.float32), reversed_ * (depth - 1 - l).astype(jnp.float32)])
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: Float[Array, "*batch H"], angles: Float[Array, "*batch half"]) -> Float[Array, "*batch H"]:
-    """Rotate the pairs (j, j + H/2) of x by `angles`: computed in float32, returned in x's dtype."""
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+@jax.custom_vjp
+def rotate(x: Float[Array, "*batch H"], rotation: Rotation) -> Float[Array, "*batch H"]:
+    """Rotate the pairs (j, j + H/2) of x: computed in float32, returned in x's dtype. Its gradient rotates back."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (jnp.broadcast_to(a, first.shape) for a in rotation)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+rotate.defvjp(
+    lambda x, rotation: (rotate(x, rotation), rotation),
+    lambda rotation, d: (rotate(d, Rotation(rotation.cos, -rotation.sin)), None),
+)

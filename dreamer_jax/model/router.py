@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import RouterBias, RouterKeys, Stack, input_std, matrix, norm
-from dreamer_jax.model.rope import depth_angles, rotate
+from dreamer_jax.model.rope import depth_rotation, rotate
 
 
 class Routing(NamedTuple):
@@ -47,8 +47,7 @@ class Router(nnx.Module):
         size, epsilon = self.config.router_size, self.config.norm_epsilon
         query = jnp.matmul(x, self.w_q[...], preferred_element_type=jnp.float32)
         query = rms_norm(query, self.q_norm[...], epsilon)
-        angles = depth_angles(l, self.config.depth, size, self.config.depth_rope_base)
-        query = rotate(query, jnp.broadcast_to(angles, (x.shape[0], size // 2)))
+        query = rotate(query, depth_rotation(l, self.config.depth, size, self.config.depth_rope_base))
         keys = rms_norm(self.keys[...], self.k_norm[...], epsilon)
         # Full float32 on every platform: the order of near-equal logits decides who is selected.
         return jnp.einsum("tr,er->te", query, keys, precision=lax.Precision.HIGHEST) / size**0.5

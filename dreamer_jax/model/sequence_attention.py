@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,7 +12,7 @@ from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, norm
 from dreamer_jax.model.projections import Heads, Projections
-from dreamer_jax.model.rope import rotate, sequence_angles
+from dreamer_jax.model.rope import Rotation, rotate
 from dreamer_jax.model.router import Routing
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -35,7 +34,7 @@ class SequenceAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         l: Int[Array, ""],
-        positions: Int[Array, "B T"],
+        rotation: Rotation,
         counted: Bool[Array, "B T"],
         attend: Attend,
         backend: Backend,
@@ -45,14 +44,8 @@ class SequenceAttention(nnx.Module):
         x = rms_norm(x, self.norm[...], epsilon)
         selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
         q, k, v = projections.qkv(x, selection, backend)
-        angles = sequence_angles(positions, self.config.head_size, self.config.rope_base)[:, :, None, :]
-        q = rotate_heads(rms_norm(q, projections.q_norm[...], epsilon), angles)
-        k = rotate_heads(rms_norm(k, projections.k_norm[...], epsilon), angles)
+        q = rotate(rms_norm(q, projections.q_norm[...], epsilon), rotation)
+        k = rotate(rms_norm(k, projections.k_norm[...], epsilon), rotation)
         with jax.named_scope("scores"):
             o, kept = attend(q, k, v)
         return projections.out(o, selection, backend), kept, selection.routing if selection else None
-
-
-def rotate_heads(x: Float[Array, "B T N H"], angles: Float[Array, "#B #T 1 half"]) -> Float[Array, "B T N H"]:
-    """Rotate all heads of a token alike."""
-    return rotate(x, jnp.broadcast_to(angles, (*x.shape[:-1], angles.shape[-1])))

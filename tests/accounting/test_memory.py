@@ -14,6 +14,7 @@ from dreamer_jax.accounting.memory import SINGLE, saved_bytes, table_1_memory, t
 from dreamer_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, load
 from dreamer_jax.model import dreamer, recurrence
 from dreamer_jax.model.dreamer import Compute, Dreamer, depth_entry, depth_weights, prepared
+from dreamer_jax.model.rope import sequence_rotation
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.ahead_of_time import abstract_batch
 from dreamer_jax.training.step import abstract_state, make_train_step
@@ -82,7 +83,8 @@ def residual_bytes(model: ModelConfig, remat: str, dtype: str) -> int:
             x, entry, aux = body(*args, jnp.int32(1))
             return (x, entry), aux
 
-        _, vjp, _ = jax.vjp(at_depth, shared, own, (biases, tokens, tokens + 1), x, cache, has_aux=True)
+        constants = biases, sequence_rotation(tokens, model.head_size, model.rope_base), tokens + 1
+        _, vjp, _ = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)
         return recurrence._without_common_arguments(vjp)
 
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(vjp_of_one_depth)))

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from dreamer_jax.model import attend
 from dreamer_jax.model.attend import attend_cache, attend_depth, attend_sequence, default_backend
+from dreamer_jax.native import library
+from tests.native import BACKENDS, needs_compiler
 
 jit_attend = jax.jit(attend_sequence, static_argnames="backend")
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}
@@ -80,6 +82,10 @@ def assert_near(got, wanted, tolerance=2e-6):
         ("blocks", jnp.float32, 16, 99, 0),
         ("blocks", jnp.float32, 37, 6, 10),
         ("blocks", jnp.bfloat16, 37, 12, 3),
+        pytest.param("native", jnp.float32, 1, 9, 0, marks=needs_compiler),
+        pytest.param("native", jnp.float32, 37, 6, 10, marks=needs_compiler),
+        pytest.param("native", jnp.float32, 197, 60, 20, marks=needs_compiler),
+        pytest.param("native", jnp.float32, 300, 999, 0, marks=needs_compiler),
         ("dense", jnp.float32, 37, 6, 10),
         ("dense", jnp.bfloat16, 37, 12, 3),
     ],
@@ -94,11 +100,13 @@ def test_packed_attention_equals_the_oracle(monkeypatch, backend, dtype, T, mean
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (6, 2), (3, 1)])
-def test_blocks_group_the_query_heads(monkeypatch, N, K):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_query_heads_are_grouped(monkeypatch, N, K, backend):
     monkeypatch.setattr(attend, "BLOCK", 8)
     q, k, v = example(1, 20, N, K, 16)
     ids = documents(1, 20, 8, 0)
-    assert_near([jit_attend(q, k, v, ids, backend="blocks")], oracle(q, k, v, packed(ids))[:1])
+    got = gradients(partial(attend_sequence, segment_ids=ids, backend=backend), q, k, v)
+    assert_near(got, oracle(q, k, v, packed(ids)))
 
 
 def test_blocks_of_the_default_size_equal_the_oracle():
@@ -108,7 +116,7 @@ def test_blocks_of_the_default_size_equal_the_oracle():
     assert_near(got, oracle(q, k, v, packed(ids)))
 
 
-@pytest.mark.parametrize("backend", ["blocks", "splash"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "splash"])
 def test_on_eight_devices_the_kernels_equal_the_oracle(monkeypatch, backend):
     monkeypatch.setattr(attend, "BLOCK", 16)
     monkeypatch.setattr(attend, "_attend_splash", partial(attend._attend_splash, interpret=True))
@@ -136,7 +144,7 @@ def test_the_splash_kernel_takes_any_length_and_head_size(monkeypatch):
     assert_near(got, oracle(q, k, v, packed(ids)))
 
 
-@pytest.mark.parametrize("backend", ["blocks", "dense"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "dense"])
 def test_the_future_and_other_documents_have_no_influence(monkeypatch, backend):
     monkeypatch.setattr(attend, "BLOCK", 8)
     q, k, v = example(1, 30, 2, 2, 8)
@@ -154,7 +162,7 @@ def test_the_future_and_other_documents_have_no_influence(monkeypatch, backend):
         np.testing.assert_array_equal((np.asarray(gradient) != 0).any(axis=(0, 2, 3)), ~hidden_from_15)
 
 
-@pytest.mark.parametrize("backend", ["blocks", "dense"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "dense"])
 def test_rows_of_padding_and_large_scores_stay_finite(backend):
     q, k, v = example(2, 12, 2, 1, 8)
     ids = jnp.array([[0] * 12, [1] * 6 + [0] * 6], jnp.int32)
@@ -188,6 +196,7 @@ def test_blocks_take_memory_linear_in_the_sequence():
 def test_each_platform_has_a_backend():
     assert [default_backend(p, "bfloat16") for p in ("cpu", "gpu", "tpu")] == ["blocks", "tokamax", "splash"]
     assert default_backend("gpu", "float32") == "blocks"
+    assert default_backend("cpu", "float32") == ("blocks" if library.missing() else "native")
 
 
 def test_tokamax_missing_is_an_error_that_names_the_extra(monkeypatch):

@@ -8,8 +8,10 @@ from jax.sharding import PartitionSpec
 
 from dreamer_jax.model import grouped_matmul as grouped
 from dreamer_jax.model.grouped_matmul import collect, dispatch, grouped_matmul, grouped_swiglu, plan, sort, unsort
+from tests.native import BACKENDS, needs_compiler
 
 D, F = 16, 8
+WIDTHS = [("blocks", D), pytest.param("native", D, marks=needs_compiler), ("dense", D), ("megablox", 128)]
 SIZES = {
     "some experts are empty": [0, 13, 0, 0, 90, 1, 30, 0],
     "one expert takes all rows": [0, 0, 300, 0],
@@ -64,9 +66,26 @@ def assert_near(got, want, tolerance):
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_every_row_passes_through_its_expert_alone_in_values_and_gradients(case):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_row_passes_through_its_expert_alone_in_values_and_gradients(case, backend):
     arrays = experts(SIZES[case])
-    assert_near(jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays), by_hand(*arrays), 3e-6)
+    assert_near(jax.jit(partial(swiglu_and_gradients, backend=backend))(*arrays), by_hand(*arrays), 3e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("d", "f"), [(40, 24), (37, 19), (1, 1), (130, 67)])
+def test_native_kernels_take_any_width_and_more_rows_than_a_thread_takes_at_a_time(d, f):
+    arrays = experts([3, 300, 0, 17], d=d, f=f)
+    assert_near(jax.jit(partial(swiglu_and_gradients, backend="native"))(*arrays), by_hand(*arrays), 3e-6)
+
+
+@needs_compiler
+def test_native_gates_that_are_shut_or_wide_open_are_exact():
+    arrays = list(experts([40, 2]))
+    arrays[0] = arrays[0] * 100  # gates of some hundreds, either sign
+    got = jax.jit(partial(swiglu_and_gradients, backend="native"))(*arrays)
+    assert all(jnp.isfinite(a).all() for a in got)
+    assert_near(got, by_hand(*arrays), 3e-6)
 
 
 @pytest.mark.parametrize(("backend", "width"), [("dense", D), ("megablox", 128)])
@@ -78,7 +97,7 @@ def test_other_backends_equal_the_products_by_hand_and_leave_empty_experts_at_ze
     assert not got[4][-1].any()
 
 
-@pytest.mark.parametrize(("backend", "width"), [("blocks", D), ("dense", D), ("megablox", 128)])
+@pytest.mark.parametrize(("backend", "width"), WIDTHS)
 def test_rows_that_no_expert_owns_are_zero_and_reach_no_gradient(backend, width):
     sizes, rows = SIZES["some experts are empty"], 300
     x, scores, w_gate_up, w_down, d_y, counts = experts(sizes, d=width, f=width, rows=rows)
@@ -95,7 +114,8 @@ def test_tokamax_products_equal_the_products_by_hand(monkeypatch):
     assert_near(jax.jit(partial(swiglu_and_gradients, backend="tokamax"))(*arrays), by_hand(*arrays), 3e-6)
 
 
-def test_one_product_equals_the_dense_form_in_values_and_gradients():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_product_equals_the_dense_form_in_values_and_gradients(backend):
     x, _, w, _, _, sizes = experts(SIZES["some experts are empty"])
     d_y = jnp.cos(jnp.arange(x.shape[0] * 2.0 * F)).reshape(-1, 2 * F)
 
@@ -104,7 +124,7 @@ def test_one_product_equals_the_dense_form_in_values_and_gradients():
         y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
         return y, *vjp(d_y)
 
-    assert_near(run("blocks"), run("dense"), 3e-6)
+    assert_near(run(backend), run("dense"), 3e-6)
 
 
 def test_bfloat16_rounds_once_and_sums_weight_gradients_over_blocks_in_float32():
@@ -115,17 +135,19 @@ def test_bfloat16_rounds_once_and_sums_weight_gradients_over_blocks_in_float32()
         np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=1.01 * 2**-8, atol=1e-5 * np.abs(w).max())
 
 
-def test_empty_experts_get_a_gradient_of_exactly_zero():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_experts_get_a_gradient_of_exactly_zero(backend):
     arrays = experts([0, 9, 0])
-    *_, d_gate_up, d_down = jax.jit(partial(swiglu_and_gradients, backend="blocks"))(*arrays)
+    *_, d_gate_up, d_down = jax.jit(partial(swiglu_and_gradients, backend=backend))(*arrays)
     for gradient in (d_gate_up, d_down):
         assert not gradient[jnp.array([0, 2])].any()
         assert gradient[1].any()
 
 
-def test_a_nan_in_one_experts_rows_stays_with_that_expert():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_in_one_experts_rows_stays_with_that_expert(backend):
     x, *rest = experts([5, 40, 3])
-    run = jax.jit(partial(swiglu_and_gradients, backend="blocks"))
+    run = jax.jit(partial(swiglu_and_gradients, backend=backend))
     y, d_x, _, d_gate_up, _ = run(x.at[:5].set(jnp.nan), *rest)
     for a, bad in ((y, slice(5)), (d_x, slice(5)), (d_gate_up, slice(1))):
         assert jnp.isnan(a[bad]).all()
@@ -269,8 +291,9 @@ def gradients(f):
     return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2, 3)))
 
 
-def test_a_checkpointed_depth_loop_under_shard_map_equals_the_same_loop_on_one_device():
-    run, arrays = sharded_gradients(D, "blocks")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkpointed_depth_loop_under_shard_map_equals_the_same_loop_on_one_device(backend):
+    run, arrays = sharded_gradients(D, backend)
     value, grads = run(*arrays)
     expected, expected_grads = gradients(partial(depth_loop, backend="dense"))(*arrays)
     assert_near([value, *grads], [expected, *expected_grads], 1e-5)
@@ -283,7 +306,8 @@ def test_megablox_lowers_for_tpus_inside_the_same_loop():
     assert program.count("tpu_custom_call") == 7
 
 
-def test_weights_and_rows_that_vary_over_different_mesh_axes_meet():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_rows_that_vary_over_different_mesh_axes_meet(backend):
     x, _, w, _, _, sizes = experts([6, 10])
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -295,15 +319,16 @@ def test_weights_and_rows_that_vary_over_different_mesh_axes_meet():
         specs = (PartitionSpec("data"), PartitionSpec(None, None, "expert"))
         return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(jnp.concatenate([x, x]), w)
 
-    got = jax.jit(jax.grad(partial(loss, backend="blocks"), argnums=(0, 1)))(x, w)
+    got = jax.jit(jax.grad(partial(loss, backend=backend), argnums=(0, 1)))(x, w)
     on_one_device = partial(grouped_matmul, sizes=sizes, backend="dense")
     assert_near(got, jax.grad(lambda x, w: 2 * jnp.sin(on_one_device(x, w)).sum(), argnums=(0, 1))(x, w), 1e-5)
 
 
 def test_platforms_have_a_backend_and_unknown_ones_an_error():
-    assert [grouped.default_backend(p) for p in ("cpu", "gpu", "tpu")] == ["blocks", "tokamax", "megablox"]
+    found = [grouped.default_backend(p, "bfloat16") for p in ("cpu", "gpu", "tpu")]
+    assert found == ["blocks", "tokamax", "megablox"]
     with pytest.raises(ValueError, match="abacus"):
-        grouped.default_backend("abacus")
+        grouped.default_backend("abacus", "float32")
 
 
 def test_without_tokamax_the_error_names_the_extra(monkeypatch):

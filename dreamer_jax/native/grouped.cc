@@ -1,0 +1,201 @@
+// Products of rows with the matrices of their experts: rows are sorted by expert, sizes[e] of them belong to expert e.
+// Rows past the sum of the sizes belong to none; they come out as zeros.
+
+#include <vector>
+
+#include "matmul.h"
+#include "work.h"
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+using Counts = ffi::Buffer<ffi::S32>;
+using Result = ffi::Result<Floats>;
+
+namespace dreamer {
+namespace {
+
+// Rows of a product that one thread computes at a time: enough to pay for packing the expert's weights.
+constexpr int64_t kRows = 16 * kTile;
+
+struct Group {
+  int64_t expert, first, rows;
+};
+
+// Every expert's rows, cut into groups of at most `most`; experts without rows have one empty group.
+std::vector<Group> groups(const Counts& sizes, int64_t most) {
+  std::vector<Group> all;
+  int64_t first = 0;
+  for (int64_t e = 0; e < int64_t(sizes.element_count()); ++e) {
+    const int64_t end = first + sizes.typed_data()[e];
+    do {
+      const int64_t rows = std::min(most, end - first);
+      all.push_back({e, first, rows});
+      first += rows;
+    } while (first < end);
+  }
+  return all;
+}
+
+void clear_unowned(const std::vector<Group>& all, Result& y) {
+  const int64_t owned = all.empty() ? 0 : all.back().first + all.back().rows;
+  const int64_t width = y->dimensions()[1];
+  std::fill(y->typed_data() + owned * width, y->typed_data() + y->element_count(), 0.0f);
+}
+
+// y = x W: x [R, I], w [E, I, O], y [R, O]
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats w, Counts sizes, Result y) {
+  const int64_t I = w.dimensions()[1], O = w.dimensions()[2];
+  const auto all = groups(sizes, kRows);
+  clear_unowned(all, y);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, first, count] = all[i];
+    matmul(count, O, I, rows(x.typed_data() + first * I, I), rows(w.typed_data() + e * I * O, O),
+           y->typed_data() + first * O, O, scratch<0>(I * kPanel));
+  });
+  return ffi::Error::Success();
+}
+
+// d_x = d_y W^T: d_y [R, O], w [E, I, O], d_x [R, I]
+ffi::Error inputs_gradient(ffi::ThreadPool pool, Floats d_y, Floats w, Counts sizes, Result d_x) {
+  const int64_t I = w.dimensions()[1], O = w.dimensions()[2];
+  const auto all = groups(sizes, kRows);
+  clear_unowned(all, d_x);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, first, count] = all[i];
+    matmul(count, I, O, rows(d_y.typed_data() + first * O, O), transposed(w.typed_data() + e * I * O, O),
+           d_x->typed_data() + first * I, I, scratch<0>(O * kPanel));
+  });
+  return ffi::Error::Success();
+}
+
+// d_w = x^T d_y: x [R, I], d_y [R, O], d_w [E, I, O]; each thread computes some rows of one expert's matrix
+ffi::Error weights_gradient(ffi::ThreadPool pool, Floats x, Floats d_y, Counts sizes, Result d_w) {
+  const int64_t I = d_w->dimensions()[1], O = d_w->dimensions()[2], parts = (I + kRows - 1) / kRows;
+  const auto all = groups(sizes, x.dimensions()[0] + 1);
+  share_out(pool, all.size() * parts, [&](int64_t i) {
+    const auto [e, first, count] = all[i / parts];
+    const int64_t row = i % parts * kRows;
+    matmul(std::min(kRows, I - row), O, count, transposed(x.typed_data() + first * I + row, I),
+           rows(d_y.typed_data() + first * O, O), d_w->typed_data() + (e * I + row) * O, O, scratch<0>(count * kPanel));
+  });
+  return ffi::Error::Success();
+}
+
+// h = score * silu(gate) * up, from gate_up [rows, 2F] to h [rows, F]
+void gate(int64_t count, int64_t F, const float* gate_up, const float* scores, float* h) {
+  for (int64_t r = 0; r < count; ++r, gate_up += 2 * F, h += F) {
+    int64_t f = 0;
+    for (; f + kLanes <= F; f += kLanes) {
+      const Vec g = load(gate_up + f);
+      store(h + f, scores[r] * g / (1.0f + exp(-g)) * load(gate_up + F + f));
+    }
+    for (; f < F; ++f) h[f] = scores[r] * gate_up[f] / (1.0f + exp(-(Vec{} + gate_up[f]))[0]) * gate_up[F + f];
+  }
+}
+
+// The gradients of `gate`: d_h [rows, F] and gate_up give d_scores, and d_gate_up in the place of gate_up.
+void gate_gradient(int64_t count, int64_t F, const float* d_h, const float* scores, float* gate_up, float* d_scores) {
+  for (int64_t r = 0; r < count; ++r, gate_up += 2 * F, d_h += F) {
+    Vec total{};
+    for (int64_t f = 0; f < F; f += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, F - f);
+      float in[3][kLanes] = {};
+      if (n < kLanes)
+        for (int64_t j = 0; j < n; ++j) in[0][j] = gate_up[f + j], in[1][j] = gate_up[F + f + j], in[2][j] = d_h[f + j];
+      const bool whole = n == kLanes;
+      const Vec g = load(whole ? gate_up + f : in[0]), u = load(whole ? gate_up + F + f : in[1]);
+      const Vec d = load(whole ? d_h + f : in[2]);
+      const Vec s = 1.0f / (1.0f + exp(-g)), silu = g * s, scaled = scores[r] * d;
+      total += d * silu * u;
+      const Vec d_gate = scaled * u * (s + silu * (1.0f - s)), d_up = scaled * silu;
+      store(whole ? gate_up + f : in[0], d_gate);
+      store(whole ? gate_up + F + f : in[1], d_up);
+      if (n < kLanes)
+        for (int64_t j = 0; j < n; ++j) gate_up[f + j] = in[0][j], gate_up[F + f + j] = in[1][j];
+    }
+    d_scores[r] = sum(total);
+  }
+}
+
+// y = (score * silu(x W_gate) * (x W_up)) W_down: x [R, D], scores [R, 1], w_gate_up [E, D, 2F], w_down [E, F, D], y [R, D]
+ffi::Error swiglu(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_up, Floats w_down, Counts sizes,
+                  Result y) {
+  const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
+  const auto all = groups(sizes, kRows);
+  clear_unowned(all, y);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, first, count] = all[i];
+    float* panel = scratch<0>(std::max(D, F) * kPanel);
+    float* gate_up = scratch<1>(kRows * 2 * F);
+    float* h = scratch<2>(kRows * F);
+    matmul(count, 2 * F, D, rows(x.typed_data() + first * D, D), rows(w_gate_up.typed_data() + e * D * 2 * F, 2 * F),
+           gate_up, 2 * F, panel);
+    gate(count, F, gate_up, scores.typed_data() + first, h);
+    matmul(count, D, F, rows(h, F), rows(w_down.typed_data() + e * F * D, D), y->typed_data() + first * D, D, panel);
+  });
+  return ffi::Error::Success();
+}
+
+// All gradients of `swiglu` from d_y [R, D]; what it computed inside is computed again.
+ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_up, Floats w_down, Floats d_y,
+                            Counts sizes, Result d_x, Result d_scores, Result d_w_gate_up, Result d_w_down) {
+  const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
+  const auto all = groups(sizes, x.dimensions()[0] + 1);
+  clear_unowned(all, d_x);
+  clear_unowned(all, d_scores);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, begin, total] = all[i];
+    float* panel = scratch<0>(std::max({D, 2 * F, kRows}) * kPanel);
+    float* gate_up = scratch<1>(kRows * 2 * F);
+    float* h = scratch<2>(kRows * F);
+    float* d_h = scratch<3>(kRows * F);
+    const float *into = w_gate_up.typed_data() + e * D * 2 * F, *out_of = w_down.typed_data() + e * F * D;
+    float *d_into = d_w_gate_up->typed_data() + e * D * 2 * F, *d_out_of = d_w_down->typed_data() + e * F * D;
+    for (int64_t done = 0; done == 0 || done < total; done += kRows) {
+      const int64_t first = begin + done, count = std::min(kRows, total - done);
+      const float *x_rows = x.typed_data() + first * D, *d_rows = d_y.typed_data() + first * D;
+      matmul(count, 2 * F, D, rows(x_rows, D), rows(into, 2 * F), gate_up, 2 * F, panel);
+      gate(count, F, gate_up, scores.typed_data() + first, h);
+      matmul(F, D, count, transposed(h, F), rows(d_rows, D), d_out_of, D, panel, done > 0);
+      matmul(count, F, D, rows(d_rows, D), transposed(out_of, D), d_h, F, panel);
+      gate_gradient(count, F, d_h, scores.typed_data() + first, gate_up, d_scores->typed_data() + first);
+      matmul(D, 2 * F, count, transposed(x_rows, D), rows(gate_up, 2 * F), d_into, 2 * F, panel, done > 0);
+      matmul(count, D, 2 * F, rows(gate_up, 2 * F), transposed(into, 2 * F), d_x->typed_data() + first * D, D, panel);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace dreamer
+
+using Pool = ffi::ThreadPool;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_forward, dreamer::forward,
+                              ffi::Ffi::Bind().Ctx<Pool>().Arg<Floats>().Arg<Floats>().Arg<Counts>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_inputs_gradient, dreamer::inputs_gradient,
+                              ffi::Ffi::Bind().Ctx<Pool>().Arg<Floats>().Arg<Floats>().Arg<Counts>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_weights_gradient, dreamer::weights_gradient,
+                              ffi::Ffi::Bind().Ctx<Pool>().Arg<Floats>().Arg<Floats>().Arg<Counts>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_swiglu, dreamer::swiglu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Counts>()
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_swiglu_gradients, dreamer::swiglu_gradients,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Counts>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());

@@ -1,0 +1,111 @@
+"""The C++ kernels as JAX functions of float32 arrays, without derivatives; those are kernels of their own."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dreamer_jax.native import library
+from dreamer_jax.sharding import vary_together
+
+
+def computes(dtype: DTypeLike) -> bool:
+    """Whether there are kernels for this compute type on this machine."""
+    return jnp.dtype(dtype) == jnp.float32 and library.missing() is None
+
+
+def grouped_product(
+    product: Literal["forward", "d_x", "d_w"], a: Float[Array, "R I"], b: Float[Array, "..."], sizes: Int[Array, "E"]
+) -> Float[Array, "..."]:
+    """One of the products of a linear map of every expert (grouped.cc); rows of no expert come out as zeros.
+
+    Args:
+        product: forward [R, I] x [E, I, O] -> [R, O], d_x [R, O] x [E, I, O] -> [R, I], or
+            d_w [R, I] x [R, O] -> [E, I, O].
+        a: rows sorted by expert.
+        b: the experts' matrices, or for d_w rows.
+        sizes: rows of each expert, int32.
+    """
+    match product:
+        case "forward":
+            return _call("grouped_forward", [(a.shape[0], b.shape[2])], a, b, sizes)[0]
+        case "d_x":
+            return _call("grouped_inputs_gradient", [(a.shape[0], b.shape[1])], a, b, sizes)[0]
+        case "d_w":
+            return _call("grouped_weights_gradient", [(sizes.shape[0], a.shape[1], b.shape[1])], a, b, sizes)[0]
+
+
+def swiglu(
+    x: Float[Array, "R D"],
+    scores: Float[Array, "R 1"],
+    w_gate_up: Float[Array, "E D G"],
+    w_down: Float[Array, "E F D"],
+    sizes: Int[Array, "E"],
+) -> Float[Array, "R D"]:
+    """Send every row through its expert: (score * silu(x W_gate) * (x W_up)) W_down."""
+    return _call("grouped_swiglu", [x.shape], x, scores, w_gate_up, w_down, sizes)[0]
+
+
+def swiglu_gradients(
+    x: Float[Array, "R D"],
+    scores: Float[Array, "R 1"],
+    w_gate_up: Float[Array, "E D G"],
+    w_down: Float[Array, "E F D"],
+    d_y: Float[Array, "R D"],
+    sizes: Int[Array, "E"],
+) -> Sequence[Array]:
+    """The gradients of `swiglu` for x, scores, w_gate_up and w_down."""
+    shapes = [a.shape for a in (x, scores, w_gate_up, w_down)]
+    return _call("grouped_swiglu_gradients", shapes, x, scores, w_gate_up, w_down, d_y, sizes)
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], start: Int[Array, "B T"]
+) -> Sequence[Array]:
+    """Causal attention: out [B, T, N, H], log-sum-exp [B, N, T]. `start`: the first token of each one's document."""
+    B, T, N, _ = q.shape
+    return _call("attend_forward", [q.shape, (B, N, T)], q, k, v, start)
+
+
+def attend_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    start: Int[Array, "B T"],
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+) -> Sequence[Array]:
+    """The gradients of `attend` for q, k and v."""
+    return _call("attend_backward", [q.shape, k.shape, v.shape], q, k, v, start, out, lse, d_out)
+
+
+def _call(function: str, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> Sequence[Array]:
+    """Call a kernel, whose results are float32.
+
+    Raises:
+        ImportError: there are no native kernels here.
+        TypeError: an array that is neither float32 nor int32.
+    """
+    if reason := library.missing():
+        raise ImportError(f"backend 'native': {reason}\nUse 'blocks' instead, or install a C++17 compiler.")
+    for array in arrays:
+        if array.dtype not in (jnp.float32, jnp.int32):
+            raise TypeError(f"the native kernels compute in float32, not in {array.dtype}: use backend 'blocks'")
+    arrays = tuple(vary_together(*arrays))
+    results = [_result(shape, arrays[0]) for shape in shapes]
+    return jax.ffi.ffi_call(f"dreamer_{function}", results)(*arrays)
+
+
+def _result(shape: tuple[int, ...], like: Array) -> jax.ShapeDtypeStruct:
+    """A float32 result that, inside shard_map, varies over the mesh axes of `like`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.axis_names:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    varying = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding, manual_axis_type=varying)

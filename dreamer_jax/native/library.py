@@ -1,0 +1,75 @@
+"""Compile the C++ kernels of this folder on first use, load them, and tell XLA of them.
+
+The compiler's product is kept in the user's cache, one for each combination of sources, compiler and processor. A
+machine without a C++17 compiler has no native kernels; `missing()` says why, and the plain JAX forms stand in.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+SOURCES = ("grouped.cc", "attention.cc")
+HEADERS = ("matmul.h", "work.h")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+FUNCTIONS = (
+    "grouped_forward",
+    "grouped_inputs_gradient",
+    "grouped_weights_gradient",
+    "grouped_swiglu",
+    "grouped_swiglu_gradients",
+    "attend_forward",
+    "attend_backward",
+)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there are no native kernels on this machine, or None: then they are ready to be called."""
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+        for name in FUNCTIONS:
+            jax.ffi.register_ffi_target(f"dreamer_{name}", jax.ffi.pycapsule(library[name]), platform="cpu")
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or ""
+        return f"the C++ kernels for CPUs could not be built: {error}\n{output}".strip()
+    return None
+
+
+def _compiled() -> Path:
+    """The shared library, compiled unless it is in the cache."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler (c++, g++ or clang++) on the PATH, and none named by CXX")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamer_jax" / "native"
+    library = folder / f"{_fingerprint(compiler)}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        here = Path(__file__).parent
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes may compile at the same time
+            new = Path(scratch) / "kernels.so"
+            command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *(str(here / s) for s in SOURCES)]
+            subprocess.run([*command, "-o", str(new)], check=True, capture_output=True, text=True, timeout=300)
+            new.replace(library)
+    return library
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with all that the machine code depends on."""
+    here = Path(__file__).parent
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    cpuinfo = Path("/proc/cpuinfo")
+    instructions = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    features = sorted(
+        {line for line in instructions.splitlines() if line.startswith(("flags", "Features", "model name"))}
+    )
+    parts = [version, jax.__version__, platform.machine(), *FLAGS, *features]
+    parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

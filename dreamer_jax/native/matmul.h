@@ -1,0 +1,149 @@
+// Small float32 matrix products at the speed of large ones, and the vector functions that the kernels share.
+//
+// GCC's vector types, which clang has too, make this AVX-512, AVX2 or NEON code, whatever the machine has.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+namespace dreamer {
+
+// A tile of the result is kTile rows of two vectors. Its sums stay in registers, with two vectors of B and a number of A.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTile = 12;
+#else
+constexpr int kLanes = 8, kTile = 6;
+#endif
+constexpr int kPanel = 2 * kLanes;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+
+// e^x to about 2e-7 of its value; 0 for x < -87.
+inline Vec exp(Vec x) {
+  const IntVec normal = x > -87.0f;
+  x = x > 88.0f ? Vec{} + 88.0f : x;
+  const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec n = (x * 1.44269504f + shift) - shift;
+  const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x = n ln 2 + f, ln 2 in two parts
+  Vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' polynomial
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return normal ? p * (Vec)power : Vec{};
+}
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// A matrix in memory: element (i, j) is p[i * row + j * column].
+struct View {
+  const float* p;
+  int64_t row, column;
+};
+
+inline View rows(const float* p, int64_t stride) { return {p, stride, 1}; }
+inline View transposed(const float* p, int64_t stride) { return {p, 1, stride}; }
+
+// One tile: C[rows i, n columns] = or += A[i, :] B, where B's rows hold kPanel numbers.
+template <int... i>
+inline void multiply_tile(std::integer_sequence<int, i...>, int64_t K, View a, const float* b, int64_t b_row, float* c,
+                          int64_t c_row, int n, bool add) {
+  Vec left[] = {(i, Vec{})...}, right[] = {(i, Vec{})...};
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec b_left = load(b + k * b_row), b_right = load(b + k * b_row + kLanes);
+    const float* column = a.p + k * a.column;
+    ((left[i] += column[i * a.row] * b_left, right[i] += column[i * a.row] * b_right), ...);
+  }
+  if (n == kPanel) {
+    if (add) ((left[i] += load(c + i * c_row), right[i] += load(c + i * c_row + kLanes)), ...);
+    ((store(c + i * c_row, left[i]), store(c + i * c_row + kLanes, right[i])), ...);
+    return;
+  }
+  float out[sizeof...(i)][kPanel];
+  ((store(out[i], left[i]), store(out[i] + kLanes, right[i])), ...);
+  for (int row = 0; row < int(sizeof...(i)); ++row)
+    for (int j = 0; j < n; ++j) c[row * c_row + j] = add ? c[row * c_row + j] + out[row][j] : out[row][j];
+}
+
+// The last rows of a product, fewer than a full tile.
+template <int M>
+inline void multiply_rest(int m, int64_t K, View a, const float* b, int64_t b_row, float* c, int64_t c_row, int n,
+                          bool add) {
+  if constexpr (M > 0) {
+    if (m == M) return multiply_tile(std::make_integer_sequence<int, M>(), K, a, b, b_row, c, c_row, n, add);
+    multiply_rest<M - 1>(m, K, a, b, b_row, c, c_row, n, add);
+  }
+}
+
+// Transpose a square of vectors: exchange halves, then quarters of halves, and so on.
+template <int half, int... i>
+inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, i...>) {
+  const Vec low = __builtin_shufflevector(a, b, (i & half ? i - half + kLanes : i)...);
+  const Vec high = __builtin_shufflevector(a, b, (i & half ? i + kLanes : i + half)...);
+  a = low;
+  b = high;
+}
+
+template <int half = kLanes / 2>
+inline void transpose(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & half)) exchange<half>(v[i], v[i + half], std::make_integer_sequence<int, kLanes>());
+  if constexpr (half > 1) transpose<half / 2>(v);
+}
+
+// Columns [first, first + n) of B, K rows of them, each row filled up with zeros to kPanel numbers.
+inline void pack(View b, int64_t K, int64_t first, int n, float* panel) {
+  int64_t k = 0;
+  if (n == kPanel && b.column == 1) {
+    for (; k < K; ++k, panel += kPanel)
+      for (int half = 0; half < kPanel; half += kLanes) store(panel + half, load(b.p + k * b.row + first + half));
+  } else if (n == kPanel && b.row == 1) {
+    for (; k + kLanes <= K; k += kLanes, panel += kLanes * kPanel)
+      for (int half = 0; half < kPanel; half += kLanes) {
+        Vec v[kLanes];
+        for (int j = 0; j < kLanes; ++j) v[j] = load(b.p + (first + half + j) * b.column + k);
+        transpose(v);
+        for (int j = 0; j < kLanes; ++j) store(panel + j * kPanel + half, v[j]);
+      }
+  }
+  for (; k < K; ++k, panel += kPanel)
+    for (int j = 0; j < kPanel; ++j) panel[j] = j < n ? b.p[k * b.row + (first + j) * b.column] : 0;
+}
+
+// C[M, N] = A[M, K] B[K, N], or += with `add`. C's rows are contiguous; `panel` is scratch for K * kPanel numbers.
+__attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, View a, View b, float* c, int64_t c_row, float* panel,
+                   bool add = false) {
+  for (int64_t first = 0; first < N; first += kPanel) {
+    const int n = std::min<int64_t>(kPanel, N - first);
+    const float* columns = panel;
+    int64_t b_row = kPanel;
+    if (M <= kTile && b.column == 1 && n == kPanel) {  // read once: packing would read it twice
+      columns = b.p + first;
+      b_row = b.row;
+    } else {
+      pack(b, K, first, n, panel);
+    }
+    int64_t m = 0;
+    View tile = a;
+    for (; m + kTile <= M; m += kTile, tile.p += kTile * a.row)
+      multiply_tile(std::make_integer_sequence<int, kTile>(), K, tile, columns, b_row, c + m * c_row + first, c_row, n,
+                    add);
+    multiply_rest<kTile - 1>(M - m, K, tile, columns, b_row, c + m * c_row + first, c_row, n, add);
+  }
+}
+
+}  // namespace dreamer

@@ -1,0 +1,45 @@
+// How a kernel's work is shared out over threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace dreamer {
+
+// Call unit(i) for every i in [0, count): on this thread, helped by those of XLA's threads that are idle. Returns when all
+// are done. Helpers that come late find nothing left, so that nobody waits for a thread that has not begun.
+template <class Unit>
+void share_out(xla::ffi::ThreadPool& pool, int64_t count, const Unit& unit) {
+  struct Job {
+    const Unit* unit;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto job = std::make_shared<Job>();
+  job->unit = &unit;
+  job->count = count;
+  auto work = [job] {
+    for (int64_t i; (i = job->next.fetch_add(1)) < job->count; job->done.fetch_add(1)) (*job->unit)(i);
+  };
+  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
+  work();
+  while (job->done.load() < count) std::this_thread::yield();
+}
+
+// Scratch memory of this thread, kept between calls: `Use` tells apart what is needed at the same time.
+template <int Use>
+float* scratch(int64_t size) {
+  thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+}  // namespace dreamer
