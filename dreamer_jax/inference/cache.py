@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.depth_attention import DepthCache
@@ -55,18 +55,6 @@ def write_tokens(
     return SequenceCache(
         *(c.at[l, sequences, :, positions].set(new[:, 0]) for c, new in zip(cache, (k, v), strict=True))
     )
-
-
-def rows_at(cache: SequenceCache, l: Int[Array, ""]) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Keys and values of depth `l`."""
-    k, v = (lax.dynamic_index_in_dim(c, l, 0, keepdims=False) for c in cache)
-    return k, v
-
-
-def visible_rows(cache: SequenceCache, positions: Int[Array, "B"]) -> Bool[Array, "B 1 S"]:
-    """The rows that a token may see: those up to its own position."""
-    rows = jnp.arange(cache.k.shape[3])
-    return (rows[None, :] <= positions[:, None])[:, None, :]
 
 
 def empty_depth_cache(config: ModelConfig, x: Float[Array, "B T D"]) -> DepthCache | None:

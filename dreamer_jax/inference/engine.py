@@ -193,11 +193,11 @@ def read_tokens(
     decoder: Decoder, cache: SequenceCache, tokens: Int[Array, "B"], positions: Int[Array, "B"]
 ) -> tuple[Float[Array, "B V"], SequenceCache]:
     """The logits after one more token of each sequence, which stands at its position, and the cache with it."""
-    visible = memory.visible_rows(cache, positions)
 
     def attend_tokens(cache: SequenceCache, l: Array, q: Array, k: Array, v: Array) -> tuple[Array, SequenceCache]:
         cache = memory.write_tokens(cache, l, positions, k, v)
-        return attend.attend_cache(q, *memory.rows_at(cache, l), visible), cache
+        o = attend.attend_newest(q, *cache, l, positions + 1, backend=decoder.compute.attention)
+        return o, cache
 
     counted = jnp.ones((len(tokens), 1), jnp.bool_)
     x, cache = _through_depths(decoder, cache, tokens[:, None], positions[:, None], counted, attend_tokens)

@@ -91,6 +91,23 @@ def attend_cache(
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
+def attend_newest(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "L B K S H"],
+    v: Float[Array, "L B K S H"],
+    l: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    *,
+    backend: AttentionBackend,
+) -> Float[Array, "B 1 N H"]:
+    """Attention of each sequence's newest token over the first `lengths` rows of its cache at depth `l`."""
+    if backend == "native":
+        return native.attend_cache(q, k, v, l, lengths)
+    visible = jnp.arange(k.shape[3])[None, :] < lengths[:, None]
+    k, v = (lax.dynamic_index_in_dim(c, l, 0, keepdims=False) for c in (k, v))
+    return attend_cache(q, k, v, visible[:, None, :])
+
+
 def _pad_tokens(x, multiple):
     """Fill axis 1 up to a multiple: the new keys lie after every query, the new queries receive no cotangent."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))

@@ -149,6 +149,53 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices 
   return ffi::Error::Success();
 }
 
+float dot(const float* a, const float* b, int64_t count) {
+  Vec total{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total += load(a + i) * load(b + i);
+  float rest = sum(total);
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return rest;
+}
+
+// The exponentials of scale * (x - its largest), in place; `count` is whole vectors. Returns their sum.
+float soften_all(float* x, int64_t count, float scale) {
+  float most = kHidden;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, x[i]);
+  Vec total{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec p = exp(scale * (load(x + i) - most));
+    store(x + i, p);
+    total += p;
+  }
+  return sum(total);
+}
+
+// The newest token of each sequence over the first `lengths` rows of its cache at one depth:
+// q, out [B, 1, N, H], k, v [L, B, K, S, H], depth [], lengths [B]
+ffi::Error over_cache(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices depth, Indices lengths,
+                      Result out) {
+  const auto size = k.dimensions();
+  const int64_t B = size[1], K = size[2], S = size[3], H = size[4], G = q.dimensions()[2] / K;
+  const float scale = 1 / std::sqrt(float(H));
+  share_out(pool, B * K, [&](int64_t i) {
+    const int64_t at = (depth.typed_data()[0] * B * K + i) * S * H, seen = lengths.typed_data()[i / K];
+    const float *keys = k.typed_data() + at, *values = v.typed_data() + at;
+    const int64_t width = (seen + kLanes - 1) / kLanes * kLanes;
+    float* p = scratch<0>(width);
+    for (int64_t head = i * G; head < (i + 1) * G; ++head) {
+      const float* query = q.typed_data() + head * H;
+      for (int64_t s = 0; s < seen; ++s) p[s] = dot(query, keys + s * H, H);
+      std::fill(p + seen, p + width, kHidden);
+      const float total = soften_all(p, width, scale);
+      float* o = out->typed_data() + head * H;
+      matmul_thin(1, H, seen, rows(p, width), values, H, o, H, false);
+      for (int64_t h = 0; h < H; ++h) o[h] /= total;
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace dreamer
 
@@ -173,4 +220,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_backward, dreamer::backward,
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
+                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_cache, dreamer::over_cache,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Indices>()
+                                  .Arg<Indices>()
                                   .Ret<Floats>());

@@ -84,6 +84,17 @@ def attend_gradients(
     return _call("attend_backward", [q.shape, k.shape, v.shape], q, k, v, start, out, lse, d_out)
 
 
+def attend_cache(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "L B K S H"],
+    v: Float[Array, "L B K S H"],
+    l: Int[Array, ""],
+    lengths: Int[Array, "B"],
+) -> Float[Array, "B 1 N H"]:
+    """Attention of each sequence's newest token over the first `lengths` rows of its cache at depth `l`."""
+    return _call("attend_cache", [q.shape], q, k, v, l, lengths)[0]
+
+
 def _call(function: str, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> Sequence[Array]:
     """Call a kernel, whose results are float32.
 

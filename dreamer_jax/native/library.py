@@ -27,6 +27,7 @@ FUNCTIONS = (
     "grouped_swiglu_gradients",
     "attend_forward",
     "attend_backward",
+    "attend_cache",
 )
 
 

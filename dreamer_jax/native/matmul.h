@@ -42,11 +42,14 @@ inline Vec exp(Vec x) {
   return normal ? p * (Vec)power : Vec{};
 }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+// The sum of a vector's numbers: its halves, its quarters and so on, added to each other.
+template <int half, int... i>
+inline float sum_of_halves(Vec v, std::integer_sequence<int, i...> lanes) {
+  if constexpr (half == 0) return v[0];
+  else return sum_of_halves<half / 2>(v + __builtin_shufflevector(v, v, (i ^ half)...), lanes);
 }
+
+inline float sum(Vec v) { return sum_of_halves<kLanes / 2>(v, std::make_integer_sequence<int, kLanes>()); }
 
 // A matrix in memory: element (i, j) is p[i * row + j * column].
 struct View {
@@ -57,13 +60,13 @@ struct View {
 inline View rows(const float* p, int64_t stride) { return {p, stride, 1}; }
 inline View transposed(const float* p, int64_t stride) { return {p, 1, stride}; }
 
-// One tile: C[rows i, n columns] = or += A[i, :] B, where B's rows hold kPanel numbers.
+// One tile: C[rows i, n columns] = or += A[i, :] B, where B is a packed panel.
 template <int... i>
-inline void multiply_tile(std::integer_sequence<int, i...>, int64_t K, View a, const float* b, int64_t b_row, float* c,
-                          int64_t c_row, int n, bool add) {
+inline void multiply_tile(std::integer_sequence<int, i...>, int64_t K, View a, const float* panel, float* c, int64_t c_row,
+                          int n, bool add) {
   Vec left[] = {(i, Vec{})...}, right[] = {(i, Vec{})...};
-  for (int64_t k = 0; k < K; ++k) {
-    const Vec b_left = load(b + k * b_row), b_right = load(b + k * b_row + kLanes);
+  for (int64_t k = 0; k < K; ++k, panel += kPanel) {
+    const Vec b_left = load(panel), b_right = load(panel + kLanes);
     const float* column = a.p + k * a.column;
     ((left[i] += column[i * a.row] * b_left, right[i] += column[i * a.row] * b_right), ...);
   }
@@ -80,11 +83,10 @@ inline void multiply_tile(std::integer_sequence<int, i...>, int64_t K, View a, c
 
 // The last rows of a product, fewer than a full tile.
 template <int M>
-inline void multiply_rest(int m, int64_t K, View a, const float* b, int64_t b_row, float* c, int64_t c_row, int n,
-                          bool add) {
+inline void multiply_rest(int m, int64_t K, View a, const float* panel, float* c, int64_t c_row, int n, bool add) {
   if constexpr (M > 0) {
-    if (m == M) return multiply_tile(std::make_integer_sequence<int, M>(), K, a, b, b_row, c, c_row, n, add);
-    multiply_rest<M - 1>(m, K, a, b, b_row, c, c_row, n, add);
+    if (m == M) return multiply_tile(std::make_integer_sequence<int, M>(), K, a, panel, c, c_row, n, add);
+    multiply_rest<M - 1>(m, K, a, panel, c, c_row, n, add);
   }
 }
 
@@ -124,25 +126,42 @@ inline void pack(View b, int64_t K, int64_t first, int n, float* panel) {
     for (int j = 0; j < kPanel; ++j) panel[j] = j < n ? b.p[k * b.row + (first + j) * b.column] : 0;
 }
 
+// Some rows of A times `k` rows of B: C += A[:, k...] B[k..., :]. B is read as it lies in memory.
+template <int... k>
+inline void add_outer(std::integer_sequence<int, k...>, int64_t M, int64_t N, View a, const float* b, int64_t b_row,
+                      float* c, int64_t c_row) {
+  for (int64_t m = 0; m < M; ++m, a.p += a.row, c += c_row) {
+    const float factor[] = {a.p[k * a.column]...};
+    int64_t n = 0;
+    for (; n + kLanes <= N; n += kLanes) store(c + n, (load(c + n) + ... + (factor[k] * load(b + k * b_row + n))));
+    for (; n < N; ++n) c[n] = (c[n] + ... + (factor[k] * b[k * b_row + n]));
+  }
+}
+
+// A product of so few rows that reading B is most of it: C stays in the first cache, B streams by once.
+inline void matmul_thin(int64_t M, int64_t N, int64_t K, View a, const float* b, int64_t b_row, float* c, int64_t c_row,
+                        bool add) {
+  if (!add)
+    for (int64_t m = 0; m < M; ++m) std::fill_n(c + m * c_row, N, 0.0f);
+  int64_t k = 0;
+  for (; k + 8 <= K; k += 8, a.p += 8 * a.column, b += 8 * b_row)
+    add_outer(std::make_integer_sequence<int, 8>(), M, N, a, b, b_row, c, c_row);
+  for (; k < K; ++k, a.p += a.column, b += b_row)
+    add_outer(std::make_integer_sequence<int, 1>(), M, N, a, b, b_row, c, c_row);
+}
+
 // C[M, N] = A[M, K] B[K, N], or += with `add`. C's rows are contiguous; `panel` is scratch for K * kPanel numbers.
-__attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, View a, View b, float* c, int64_t c_row, float* panel,
-                   bool add = false) {
+__attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, View a, View b, float* c, int64_t c_row,
+                                             float* panel, bool add = false) {
+  if (M <= kTile && b.column == 1) return matmul_thin(M, N, K, a, b.p, b.row, c, c_row, add);
   for (int64_t first = 0; first < N; first += kPanel) {
     const int n = std::min<int64_t>(kPanel, N - first);
-    const float* columns = panel;
-    int64_t b_row = kPanel;
-    if (M <= kTile && b.column == 1 && n == kPanel) {  // read once: packing would read it twice
-      columns = b.p + first;
-      b_row = b.row;
-    } else {
-      pack(b, K, first, n, panel);
-    }
+    pack(b, K, first, n, panel);
     int64_t m = 0;
     View tile = a;
     for (; m + kTile <= M; m += kTile, tile.p += kTile * a.row)
-      multiply_tile(std::make_integer_sequence<int, kTile>(), K, tile, columns, b_row, c + m * c_row + first, c_row, n,
-                    add);
-    multiply_rest<kTile - 1>(M - m, K, tile, columns, b_row, c + m * c_row + first, c_row, n, add);
+      multiply_tile(std::make_integer_sequence<int, kTile>(), K, tile, panel, c + m * c_row + first, c_row, n, add);
+    multiply_rest<kTile - 1>(M - m, K, tile, panel, c + m * c_row + first, c_row, n, add);
   }
 }
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dreamer_jax.model import attend
-from dreamer_jax.model.attend import attend_cache, attend_depth, attend_sequence, default_backend
+from dreamer_jax.model.attend import attend_cache, attend_depth, attend_newest, attend_sequence, default_backend
 from dreamer_jax.native import library
 from tests.native import BACKENDS, needs_compiler
 
@@ -191,6 +191,21 @@ def test_blocks_take_memory_linear_in_the_sequence():
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*x).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4096) < 2.2 * temporaries(2048)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("N", "K", "H"), [(4, 2, 8), (3, 1, 20), (2, 2, 3)])
+def test_a_decoded_token_sees_the_first_rows_of_its_cache_at_its_depth(backend, N, K, H):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(3, 1, N, H)) * 3, jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 3, K, 21, H)), jnp.float32) for _ in range(2))
+    lengths = jnp.array([1, 13, 21], jnp.int32)
+    hidden = (np.arange(21) >= np.asarray(lengths)[:, None])[None, :, None, :, None]
+    k, v = (jnp.where(hidden, jnp.nan, a).at[0].set(1e6) for a in (k, v))  # other depths' rows must not matter
+    k, v = (a if backend == "native" else jnp.nan_to_num(a) for a in (k, v))
+    got = jax.jit(partial(attend_newest, backend=backend))(q, k, v, jnp.int32(1), lengths)
+    k, v = (np.nan_to_num(np.asarray(a[1])).swapaxes(1, 2) for a in (k, v))
+    assert_near([got], oracle(q, k, v, ~hidden[0, :, 0, None, :, 0])[:1])
 
 
 def test_each_platform_has_a_backend():
