@@ -1,7 +1,7 @@
-"""The `blocks` attention against the plain masked einsum and jax.nn.dot_product_attention: memory and time.
+"""The CPU's attention, `native` and `blocks`, against the plain masked einsum and jax.nn.dot_product_attention.
 
-Forward and backward, one row packed with documents of a given length. Past --dense-limit tokens the two quadratic forms
-are only compiled, for their memory.
+Memory and time, forward and backward, of one row packed with documents of a given length. Past --dense-limit tokens the
+two quadratic forms are only compiled, for their memory. XLA's figure leaves out the 100 KiB that `native` holds inside.
 
 Run: python benchmarks/attention.py [--tokens 512 1024 2048 4096] (about a minute on two CPU cores)
 """
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamer_jax.model.attend import attend_sequence, causal_mask
+from dreamer_jax.native.kernels import computes
 
 
 def stock(q, k, v, segment_ids):
@@ -21,6 +22,7 @@ def stock(q, k, v, segment_ids):
 
 
 FORMS = {
+    "native": partial(attend_sequence, backend="native"),
     "blocks": partial(attend_sequence, backend="blocks"),
     "plain": partial(attend_sequence, backend="dense"),
     "jax.nn": stock,
@@ -66,7 +68,10 @@ def main():
                 x = inputs(tokens, document, dtype, a.heads, a.kv_heads, a.head_size)
                 cells = []
                 for name, form in FORMS.items():
-                    runs = a.runs if name == "blocks" or tokens <= a.dense_limit else 0
+                    if name == "native" and not computes(dtype):
+                        cells.append("")
+                        continue
+                    runs = a.runs if name in ("native", "blocks") or tokens <= a.dense_limit else 0
                     mib, ms = measure(form, x, runs)
                     cells.append(f"{mib:.0f} MiB, {ms:.0f} ms" if runs else f"{mib:.0f} MiB, not run")
                 print(f"| {dtype.__name__} | {tokens} | {document} | " + " | ".join(cells) + " |", flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/grouped_matmul.py [--tokens 4096] [--runs 3]
 
-Times the CPU's backend ("blocks") against one dense product of equal FLOPs, forward and forward + backward, in
-interleaved runs, and prints the medians and their ratio. Groups are drawn at random: "even" from equal experts,
+Times the CPU's backends against one dense product of equal FLOPs, forward and forward + backward, in interleaved runs,
+and prints the medians and their ratios to the dense form's. Groups are drawn at random: "even" from equal experts,
 "skewed" from experts of exponentially distributed popularity. "decode" is one token: its forward time must not grow
 with E (its gradient, as large as the weights, is no part of decoding). About 3 GB and a minute on two cores.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from dreamer_jax.model.grouped_matmul import grouped_matmul, grouped_swiglu
 
 D, F, ACTIVE = 256, 128, 8
+BACKENDS = ("native", "blocks")
 
 
 def group_sizes(rng, rows, experts, skewed=False):
@@ -26,9 +27,9 @@ def group_sizes(rng, rows, experts, skewed=False):
     return jnp.asarray(rng.multinomial(rows, popularity / popularity.sum()), jnp.int32)
 
 
-def swiglu(x, w_gate_up, w_down, sizes):
+def swiglu(x, w_gate_up, w_down, sizes, backend):
     scores = jnp.ones((x.shape[0], 1), jnp.float32)
-    return grouped_swiglu(x, scores, w_gate_up, w_down, sizes, backend="blocks")
+    return grouped_swiglu(x, scores, w_gate_up, w_down, sizes, backend=backend)
 
 
 def dense_swiglu(x, w_gate_up, w_down, sizes):
@@ -36,8 +37,8 @@ def dense_swiglu(x, w_gate_up, w_down, sizes):
     return (jax.nn.silu(gate) * up) @ w_down[0]
 
 
-def matmul(x, w, sizes):
-    return grouped_matmul(x, w, sizes, backend="blocks")
+def matmul(x, w, sizes, backend):
+    return grouped_matmul(x, w, sizes, backend=backend)
 
 
 def dense_matmul(x, w, sizes):
@@ -65,12 +66,13 @@ def interleaved_medians(programs, args, runs):
     return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
-def compare(title, forms, args, runs, passes=(lambda f: f, forward_and_backward)):
-    """Print one line: the time of the two forms (dense first) and their ratio, forward and forward + backward."""
+def compare(title, dense, ours, args, runs, passes=(lambda f: f, forward_and_backward)):
+    """Print one line: the time of the dense form and of our backends, with their ratios to it, for each pass."""
     cells = []
     for wrap in passes:
-        dense, ours = interleaved_medians({f.__name__: jax.jit(wrap(f)) for f in forms}, args, runs).values()
-        cells.append(f"{dense * 1e3:8.1f} {ours * 1e3:8.1f} {ours / dense:7.2f}")
+        forms = {"dense": dense} | {backend: partial(ours, backend=backend) for backend in BACKENDS}
+        whole, *parts = interleaved_medians({name: jax.jit(wrap(f)) for name, f in forms.items()}, args, runs).values()
+        cells.append(f"{whole * 1e3:8.1f}" + "".join(f" {part * 1e3:8.1f} ({part / whole:4.2f})" for part in parts))
     print(f"{title:34} {'   '.join(cells)}", flush=True)
 
 
@@ -82,23 +84,24 @@ def main():
     rng = np.random.default_rng(0)
     normal = partial(lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-2] ** -0.5))
 
-    print(f"{'milliseconds':34} {'forward':^25}   {'forward + backward':^25}")
-    print(f"{'':34} {'dense':>8} {'blocks':>8} {'ratio':>7}   {'dense':>8} {'blocks':>8} {'ratio':>7}")
+    head = f"{'dense':>8}" + "".join(f" {backend:>8} {'ratio':>6}" for backend in BACKENDS)
+    print(f"{'milliseconds':34} {'forward':^{len(head)}}   {'forward + backward':^{len(head)}}")
+    print(f"{'':34} {head}   {head}")
     rows = options.tokens * ACTIVE
     for experts in (64, 512):
         weights = normal(experts, D, 2 * F), normal(experts, F, D)
         for skewed in (False, True):
             args = (normal(rows, D), *weights, group_sizes(rng, rows, experts, skewed))
             title = f"SwiGLU A={ACTIVE} E={experts} {'skewed' if skewed else 'even'}"
-            compare(title, (dense_swiglu, swiglu), args, options.runs)
+            compare(title, dense_swiglu, swiglu, args, options.runs)
         args = (normal(ACTIVE, D), *weights, group_sizes(rng, ACTIVE, experts))
         compare(
-            f"SwiGLU A={ACTIVE} E={experts} decode", (dense_swiglu, swiglu), args, options.runs, passes=(lambda f: f,)
+            f"SwiGLU A={ACTIVE} E={experts} decode", dense_swiglu, swiglu, args, options.runs, passes=(lambda f: f,)
         )
     for skewed in (False, True):
         args = normal(options.tokens, D), normal(16, D, 512), group_sizes(rng, options.tokens, 16, skewed)
         title = f"attention MoE A=1 E=16 {'skewed' if skewed else 'even'}"
-        compare(title, (dense_matmul, matmul), args, options.runs)
+        compare(title, dense_matmul, matmul, args, options.runs)
 
 
 if __name__ == "__main__":

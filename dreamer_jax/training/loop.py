@@ -162,7 +162,7 @@ class _Run:
         pending: tuple[int, StepResult, Any] | None = None
         step = start
         self.group.beat(f"step {start + 1}", slow=True)
-        for step, batch in enumerate(self.batches("train", start), start + 1):
+        for step, batch in enumerate(self.timed(self.batches("train", start)), start + 1):
             state, result = self.train_step(state, batch)
             # The step donates its state, so what the report needs of the new one is copied here.
             biases = jax.tree.map(lambda b: b.copy(), state.biases) if self._reports(step) else None
@@ -229,6 +229,16 @@ class _Run:
         for batch in batches(self.prepared, self.config, split=split, start_step=start, held=self.held):
             yield place_rows(self.place, self.config.train.batch, self.held, batch)
 
+    def timed(self, batches: Iterator[dict[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
+        """The batches, with the time that it takes to get them counted."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self.reporter.input_seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
     def _reports(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
@@ -264,7 +274,7 @@ class _Reporter:
         self.config, self.devices = config, devices
         self.flops = training_flops(config.model, config.data.context).total
         self.peak = peak_flops(jax.devices()[0].device_kind)
-        self.tokens, self.started = 0, time.monotonic()
+        self.tokens, self.input_seconds, self.started = 0, 0.0, time.monotonic()
 
     def count(self, tokens: int) -> None:
         """A step on so many tokens is done."""
@@ -291,6 +301,8 @@ class _Reporter:
             shared=self.config.model.depth_recurrent,
         )
         seconds = max(time.monotonic() - self.started, 1e-9)
-        record |= metrics.speed_record(self.tokens, seconds, self.flops, self.devices, self.peak)
-        self.tokens, self.started = 0, time.monotonic()
+        record |= metrics.speed_record(
+            self.tokens, seconds, self.flops, self.devices, self.peak, input_seconds=self.input_seconds
+        )
+        self.tokens, self.input_seconds, self.started = 0, 0.0, time.monotonic()
         return record

@@ -147,7 +147,15 @@ def validation_record(loss: SupportsFloat) -> Record:
     return {"validation/loss": float(loss), "validation/perplexity": perplexity(loss)}
 
 
-def speed_record(tokens: int, seconds: float, flops_per_token: float, devices: int, peak: float | None) -> Record:
+def speed_record(
+    tokens: int,
+    seconds: float,
+    flops_per_token: float,
+    devices: int,
+    peak: float | None,
+    *,
+    input_seconds: float,
+) -> Record:
     """Speed over the steps since the last record.
 
     Args:
@@ -156,10 +164,13 @@ def speed_record(tokens: int, seconds: float, flops_per_token: float, devices: i
         flops_per_token: `accounting.flops.training_flops(...).total`.
         devices: number of devices.
         peak: FLOP/s of one device; without it there is no "speed/mfu".
+        input_seconds: part of the wall time in which the host waited for a batch. The step before runs meanwhile, so
+            that the devices wait only where this nears the time of the steps.
     """
     tokens_per_second = tokens / seconds
     flops = tokens_per_second * flops_per_token
     record: Record = {"speed/tokens_per_second": tokens_per_second, "speed/flops_per_second": flops}
+    record["speed/input_share"] = input_seconds / seconds
     if peak is not None:
         record["speed/mfu"] = flops / (devices * peak)
     return record

@@ -118,13 +118,14 @@ def test_an_empty_batch_reports_zeros() -> None:
 
 
 def test_speed_is_measured_against_all_devices() -> None:
-    record = speed_record(tokens=1000, seconds=2.0, flops_per_token=6e9, devices=2, peak=3e12)
+    record = speed_record(tokens=1000, seconds=2.0, flops_per_token=6e9, devices=2, peak=3e12, input_seconds=0.5)
     assert record == {
         "speed/tokens_per_second": 500.0,
         "speed/flops_per_second": 3e12,
         "speed/mfu": 0.5,
+        "speed/input_share": 0.25,
     }
-    assert "speed/mfu" not in speed_record(tokens=1, seconds=1.0, flops_per_token=1.0, devices=1, peak=None)
+    assert "speed/mfu" not in speed_record(1, 1.0, 1.0, devices=1, peak=None, input_seconds=0.0)
 
 
 def test_perplexity_overflows_to_infinity() -> None:
