@@ -12,7 +12,7 @@ from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, norm
 from dreamer_jax.model.projections import Heads, Projections
-from dreamer_jax.model.rope import depth_rotation, rotate
+from dreamer_jax.model.rope import depth_rotation, norm_and_rotate
 from dreamer_jax.model.router import Routing
 
 
@@ -54,8 +54,10 @@ class DepthAttention(nnx.Module):
         selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
         q, k, v = projections.qkv(x, selection, backend)
         rotation = depth_rotation(l, config.depth, config.da_head_size, config.depth_rope_base)
-        q = rotate(rms_norm(q, projections.q_norm[...], epsilon), rotation)
-        k = rotate(rms_norm(k, projections.k_norm[...], epsilon), rotation)
+        q, k = (
+            norm_and_rotate(x, weight[...], epsilon, rotation, native=backend == "native")
+            for x, weight in ((q, projections.q_norm), (k, projections.k_norm))
+        )
         o, attention = attend_depth(q, k, v, cache.k, cache.v, l)
         return (
             projections.out(o, selection, backend),

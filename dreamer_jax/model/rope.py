@@ -1,10 +1,15 @@
 """Rotary position encodings over sequence positions and, half of them reversed, over depths (3.3 to 3.5)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from dreamer_jax.model.norm import rms_norm
+from dreamer_jax.native import kernels
+from dreamer_jax.sharding import vary_together
 
 
 def frequencies(size: int, base: float) -> Float[Array, "half"]:
@@ -46,4 +51,30 @@ def rotate(x: Float[Array, "*batch H"], rotation: Rotation) -> Float[Array, "*ba
 rotate.defvjp(
     lambda x, rotation: (rotate(x, rotation), rotation),
     lambda rotation, d: (rotate(d, Rotation(rotation.cos, -rotation.sin)), None),
+)
+
+
+def norm_and_rotate(
+    x: Float[Array, "B T heads H"], weight: Float[Array, "H"], epsilon: float, rotation: Rotation, *, native: bool
+) -> Float[Array, "B T heads H"]:
+    """RMSNorm of every head, then RoPE: what queries and keys go through. `native` takes the CPU's kernel."""
+    if not native:
+        return rotate(rms_norm(x, weight, epsilon), rotation)
+    x_rows = x.reshape(-1, *x.shape[2:])
+    rows = [a.reshape(-1, a.shape[-1]) for a in rotation]
+    return _norm_and_rotate(epsilon, *vary_together(x_rows, weight, *rows)).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm_and_rotate(epsilon, x, weight, cos, sin):
+    return kernels.norm_and_rotate(x, weight, cos, sin, epsilon)
+
+
+def _norm_and_rotate_backward(epsilon, residuals, d_y):
+    x, weight, cos, sin = residuals
+    return *kernels.norm_and_rotate_gradients(x, weight, cos, sin, d_y, epsilon), None, None
+
+
+_norm_and_rotate.defvjp(
+    lambda epsilon, *arrays: (_norm_and_rotate(epsilon, *arrays), arrays), _norm_and_rotate_backward
 )

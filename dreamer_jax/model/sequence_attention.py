@@ -12,7 +12,7 @@ from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, norm
 from dreamer_jax.model.projections import Heads, Projections
-from dreamer_jax.model.rope import Rotation, rotate
+from dreamer_jax.model.rope import Rotation, norm_and_rotate
 from dreamer_jax.model.router import Routing
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -44,8 +44,10 @@ class SequenceAttention(nnx.Module):
         x = rms_norm(x, self.norm[...], epsilon)
         selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
         q, k, v = projections.qkv(x, selection, backend)
-        q = rotate(rms_norm(q, projections.q_norm[...], epsilon), rotation)
-        k = rotate(rms_norm(k, projections.k_norm[...], epsilon), rotation)
+        q, k = (
+            norm_and_rotate(x, weight[...], epsilon, rotation, native=backend == "native")
+            for x, weight in ((q, projections.q_norm), (k, projections.k_norm))
+        )
         with jax.named_scope("scores"):
             o, kept = attend(q, k, v)
         return projections.out(o, selection, backend), kept, selection.routing if selection else None

@@ -149,15 +149,6 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices 
   return ffi::Error::Success();
 }
 
-float dot(const float* a, const float* b, int64_t count) {
-  Vec total{};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) total += load(a + i) * load(b + i);
-  float rest = sum(total);
-  for (; i < count; ++i) rest += a[i] * b[i];
-  return rest;
-}
-
 // The exponentials of scale * (x - its largest), in place; `count` is whole vectors. Returns their sum.
 float soften_all(float* x, int64_t count, float scale) {
   float most = kHidden;

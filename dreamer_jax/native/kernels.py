@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -95,7 +96,32 @@ def attend_cache(
     return _call("attend_cache", [q.shape], q, k, v, l, lengths)[0]
 
 
-def _call(function: str, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> Sequence[Array]:
+def norm_and_rotate(
+    x: Float[Array, "tokens heads H"],
+    weight: Float[Array, "H"],
+    cos: Float[Array, "#tokens half"],
+    sin: Float[Array, "#tokens half"],
+    epsilon: float,
+) -> Float[Array, "tokens heads H"]:
+    """RMSNorm of every head, then RoPE."""
+    return _call("heads_forward", [x.shape], x, weight, cos, sin, epsilon=np.float32(epsilon))[0]
+
+
+def norm_and_rotate_gradients(
+    x: Float[Array, "tokens heads H"],
+    weight: Float[Array, "H"],
+    cos: Float[Array, "#tokens half"],
+    sin: Float[Array, "#tokens half"],
+    d_y: Float[Array, "tokens heads H"],
+    epsilon: float,
+) -> Sequence[Array]:
+    """The gradients of `norm_and_rotate` for x and weight."""
+    return _call("heads_backward", [x.shape, weight.shape], x, weight, cos, sin, d_y, epsilon=np.float32(epsilon))
+
+
+def _call(
+    function: str, shapes: Sequence[tuple[int, ...]], *arrays: Array, **attributes: np.float32
+) -> Sequence[Array]:
     """Call a kernel, whose results are float32.
 
     Raises:
@@ -109,7 +135,7 @@ def _call(function: str, shapes: Sequence[tuple[int, ...]], *arrays: Array) -> S
             raise TypeError(f"the native kernels compute in float32, not in {array.dtype}: use backend 'blocks'")
     arrays = tuple(vary_together(*arrays))
     results = [_result(shape, arrays[0]) for shape in shapes]
-    return jax.ffi.ffi_call(f"dreamer_{function}", results)(*arrays)
+    return jax.ffi.ffi_call(f"dreamer_{function}", results)(*arrays, **attributes)
 
 
 def _result(shape: tuple[int, ...], like: Array) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,7 @@ The compiler's product is kept in the user's cache, one for each combination of 
 machine without a C++17 compiler has no native kernels; `missing()` says why, and the plain JAX forms stand in.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import jax
 
-SOURCES = ("grouped.cc", "attention.cc")
+SOURCES = ("grouped.cc", "attention.cc", "heads.cc")
 HEADERS = ("matmul.h", "work.h")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread")
 FUNCTIONS = (
     "grouped_forward",
     "grouped_inputs_gradient",
@@ -28,6 +29,8 @@ FUNCTIONS = (
     "attend_forward",
     "attend_backward",
     "attend_cache",
+    "heads_forward",
+    "heads_backward",
 )
 
 
@@ -53,13 +56,25 @@ def _compiled() -> Path:
     library = folder / f"{_fingerprint(compiler)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        here = Path(__file__).parent
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes may compile at the same time
-            new = Path(scratch) / "kernels.so"
-            command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *(str(here / s) for s in SOURCES)]
-            subprocess.run([*command, "-o", str(new)], check=True, capture_output=True, text=True, timeout=300)
-            new.replace(library)
+            _compile(compiler, Path(scratch)).replace(library)
     return library
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    """All sources, at the same time, and then the library of them."""
+
+    def run(*arguments: str) -> None:
+        command = [compiler, *FLAGS, *arguments]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, cwd=folder)
+
+    def compile_one(source: str) -> None:
+        run("-isystem", jax.ffi.include_dir(), "-c", str(Path(__file__).parent / source))
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, SOURCES))
+    run("-shared", "-o", "kernels.so", *(str(Path(source).with_suffix(".o")) for source in SOURCES))
+    return folder / "kernels.so"
 
 
 def _fingerprint(compiler: str) -> str:

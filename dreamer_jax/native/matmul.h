@@ -51,6 +51,15 @@ inline float sum_of_halves(Vec v, std::integer_sequence<int, i...> lanes) {
 
 inline float sum(Vec v) { return sum_of_halves<kLanes / 2>(v, std::make_integer_sequence<int, kLanes>()); }
 
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec total{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total += load(a + i) * load(b + i);
+  float rest = sum(total);
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return rest;
+}
+
 // A matrix in memory: element (i, j) is p[i * row + j * column].
 struct View {
   const float* p;
