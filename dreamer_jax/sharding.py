@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamer_jax.config import Config, ConfigError, MeshConfig
+from dreamer_jax.native import library
 
 AXES = ("data", "fsdp", "expert")
 """Mesh axes, slowest links first. All of them split the batch; fsdp and expert split parameters at rest, too."""
@@ -65,7 +66,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def cpu_devices(mesh: MeshConfig, rows: int, cores: int) -> int:
-    """Devices to make of a CPU's cores: one a core, because XLA runs the loops of a device's program on one thread.
+    """Devices to make of so many parts of a CPU: one of each, because XLA runs a program's loops on one thread.
 
     Fewer where the `rows` of a microbatch do not divide, at most MOST_CPU_DEVICES because each holds the weights, and
     what the mesh asks for where it leaves no axis free.
@@ -80,14 +81,19 @@ def cpu_devices(mesh: MeshConfig, rows: int, cores: int) -> int:
 
 
 def use_cores(config: Config) -> None:
-    """Let JAX see `cpu_devices` CPU devices, unless the user has said how many; before it first looks for devices."""
+    """Let JAX see `cpu_devices` CPU devices, unless the user has said how many; before it first looks for devices.
+
+    A device has one core, or two where native kernels share their work out over threads: copies of the weights and sums
+    of gradients then cost more than threads that wait.
+    """
     told: Any = jax.config  # its flags are not in its type
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or told.jax_num_cpu_devices > 0:
         return
     rows = config.train.batch // config.train.microbatches
     # Where the system can tell, the cores that are ours: a container or a scheduler may grant fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, cores))
+    threads = 2 if config.train.dtype == "float32" and library.missing() is None else 1
+    jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, max(1, cores // threads)))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -53,7 +53,7 @@ def test_impossible_meshes_are_refused(sizes, message):
         (MeshConfig(expert=4), 8, 2, 4),
     ],
 )
-def test_a_cpu_has_a_device_for_each_core_that_the_batch_can_use(mesh, rows, cores, devices):
+def test_a_cpu_has_a_device_for_each_part_that_the_batch_can_use(mesh, rows, cores, devices):
     assert cpu_devices(mesh, rows, cores) == devices
 
 
