@@ -170,7 +170,7 @@ ffi::Error over_cache(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indice
   const int64_t B = size[1], K = size[2], S = size[3], H = size[4], G = q.dimensions()[2] / K;
   const float scale = 1 / std::sqrt(float(H));
   share_out(pool, B * K, [&](int64_t i) {
-    const int64_t at = (depth.typed_data()[0] * B * K + i) * S * H, seen = lengths.typed_data()[i / K];
+    const int64_t at = (depth.typed_data()[0] * B * K + i) * S * H, seen = std::clamp<int64_t>(lengths.typed_data()[i / K], 0, S);
     const float *keys = k.typed_data() + at, *values = v.typed_data() + at;
     const int64_t width = (seen + kLanes - 1) / kLanes * kLanes;
     float* p = scratch<0>(width);
@@ -181,7 +181,7 @@ ffi::Error over_cache(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indice
       const float total = soften_all(p, width, scale);
       float* o = out->typed_data() + head * H;
       matmul_thin(1, H, seen, rows(p, width), values, H, o, H, false);
-      for (int64_t h = 0; h < H; ++h) o[h] /= total;
+      for (int64_t h = 0; h < H; ++h) o[h] /= seen ? total : 1;  // nothing seen gives zeros
     }
   });
   return ffi::Error::Success();

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def _compiled() -> Path:
     library = folder / f"{_fingerprint(compiler)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print("compiling the C++ kernels for this CPU, once", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes may compile at the same time
             _compile(compiler, Path(scratch)).replace(library)
     return library

@@ -25,9 +25,9 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), m
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
-// e^x to about 2e-7 of its value; 0 for x < -87.
+// e^x to about 2e-7 of its value; 0 for x < -87, and what is not a number stays so.
 inline Vec exp(Vec x) {
-  const IntVec normal = x > -87.0f;
+  const IntVec tiny = x < -87.0f;
   x = x > 88.0f ? Vec{} + 88.0f : x;
   const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   const Vec n = (x * 1.44269504f + shift) - shift;
@@ -39,7 +39,7 @@ inline Vec exp(Vec x) {
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
   const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return normal ? p * (Vec)power : Vec{};
+  return tiny ? Vec{} : p * (Vec)power;
 }
 
 // The sum of a vector's numbers: its halves, its quarters and so on, added to each other.
