@@ -92,7 +92,8 @@ def use_cores(config: Config) -> None:
     rows = config.train.batch // config.train.microbatches
     # Where the system can tell, the cores that are ours: a container or a scheduler may grant fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = 2 if config.train.dtype == "float32" and library.missing() is None else 1
+    native = config.train.dtype == "float32" and config.kernels.grouped_matmul in ("auto", "native")
+    threads = 2 if native and library.missing() is None else 1
     jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, max(1, cores // threads)))
 
 

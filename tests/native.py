@@ -4,5 +4,5 @@ import pytest
 
 from dreamer_jax.native import library
 
-needs_compiler = pytest.mark.skipif(library.missing() is not None, reason="no C++17 compiler: no native kernels")
+needs_compiler = pytest.mark.skipif(library.missing() is not None, reason="no C++ compiler: no native kernels")
 BACKENDS = ["blocks", pytest.param("native", marks=needs_compiler)]

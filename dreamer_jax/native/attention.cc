@@ -56,7 +56,8 @@ void soften(const Shape& s, float* row, float* out, float& high, float& total) {
   for (int64_t j = kLanes; j < kKeys; j += kLanes) most = load(row + j) > most ? load(row + j) : most;
   float new_high = high;
   for (int i = 0; i < kLanes; ++i) new_high = std::max(new_high, s.scale * most[i]);
-  if (new_high <= s.scale * kHidden) return std::fill(row, row + kKeys, 0.0f);  // it saw nothing so far
+  const bool number = std::none_of(row, row + kKeys, [](float x) { return std::isnan(x); });
+  if (number && new_high <= s.scale * kHidden) return std::fill(row, row + kKeys, 0.0f);  // it saw nothing so far
   const float shrink = exp(Vec{} + (high - new_high))[0];
   Vec added{};
   for (int64_t j = 0; j < kKeys; j += kLanes) {

@@ -129,7 +129,7 @@ def _call(
         TypeError: an array that is neither float32 nor int32.
     """
     if reason := library.missing():
-        raise ImportError(f"backend 'native': {reason}\nUse 'blocks' instead, or install a C++17 compiler.")
+        raise ImportError(f"backend 'native': {reason}\nUse 'blocks' instead, or install g++ 12, clang 11 or newer.")
     for array in arrays:
         if array.dtype not in (jnp.float32, jnp.int32):
             raise TypeError(f"the native kernels compute in float32, not in {array.dtype}: use backend 'blocks'")

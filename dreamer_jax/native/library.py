@@ -1,7 +1,7 @@
 """Compile the C++ kernels of this folder on first use, load them, and tell XLA of them.
 
 The compiler's product is kept in the user's cache, one for each combination of sources, compiler and processor. A
-machine without a C++17 compiler has no native kernels; `missing()` says why, and the plain JAX forms stand in.
+machine without g++ 12, clang 11 or newer has no native kernels; `missing()` says why, and the plain JAX forms stand in.
 """
 
 import concurrent.futures
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jaxlib
 
 SOURCES = ("grouped.cc", "attention.cc", "heads.cc")
 HEADERS = ("matmul.h", "work.h")
@@ -42,16 +44,19 @@ def missing() -> str | None:
         library = ctypes.CDLL(str(_compiled()))
         for name in FUNCTIONS:
             jax.ffi.register_ffi_target(f"dreamer_{name}", jax.ffi.pycapsule(library[name]), platform="cpu")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         output = getattr(error, "stderr", None) or ""
-        return f"the C++ kernels for CPUs could not be built: {error}\n{output}".strip()
+        reason = f"the C++ kernels for CPUs could not be built: {error}\n{output}".strip()
+        print(f"{reason}\nplain JAX stands in, more slowly", file=sys.stderr, flush=True)
+        return reason
     return None
 
 
 def _compiled() -> Path:
     """The shared library, compiled unless it is in the cache."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(found or "")
+    if not compiler:
         raise OSError("no C++ compiler (c++, g++ or clang++) on the PATH, and none named by CXX")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamer_jax" / "native"
     library = folder / f"{_fingerprint(compiler)}.so"
@@ -63,11 +68,11 @@ def _compiled() -> Path:
     return library
 
 
-def _compile(compiler: str, folder: Path) -> Path:
+def _compile(compiler: list[str], folder: Path) -> Path:
     """All sources, at the same time, and then the library of them."""
 
     def run(*arguments: str) -> None:
-        command = [compiler, *FLAGS, *arguments]
+        command = [*compiler, *FLAGS, *arguments]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, cwd=folder)
 
     def compile_one(source: str) -> None:
@@ -79,15 +84,15 @@ def _compile(compiler: str, folder: Path) -> Path:
     return folder / "kernels.so"
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Changes with all that the machine code depends on."""
     here = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
     cpuinfo = Path("/proc/cpuinfo")
-    instructions = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    instructions = cpuinfo.read_text() if cpuinfo.exists() else ""
     features = sorted(
-        {line for line in instructions.splitlines() if line.startswith(("flags", "Features", "model name"))}
+        {line for line in instructions.splitlines() if line.startswith(("flags", "Features", "model name", "CPU"))}
     )
-    parts = [version, jax.__version__, platform.machine(), *FLAGS, *features]
+    parts = [version, *compiler, jaxlib.__version__, platform.machine(), platform.processor(), *FLAGS, *features]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -162,6 +162,7 @@ inline void matmul_thin(int64_t M, int64_t N, int64_t K, View a, const float* b,
 // C[M, N] = A[M, K] B[K, N], or += with `add`. C's rows are contiguous; `panel` is scratch for K * kPanel numbers.
 __attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, View a, View b, float* c, int64_t c_row,
                                              float* panel, bool add = false) {
+  if (M == 0) return;
   if (M <= kTile && b.column == 1) return matmul_thin(M, N, K, a, b.p, b.row, c, c_row, add);
   for (int64_t first = 0; first < N; first += kPanel) {
     const int n = std::min<int64_t>(kPanel, N - first);
