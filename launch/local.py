@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import FrameType
 
 GRACE_SECONDS = 60.0
 """How long the others may take to notice a failure, before they are ended from here."""
@@ -28,9 +29,21 @@ def main() -> int:
     parser.add_argument("train", nargs="+", help="arguments of python -m dreamer_jax.train, after --")
     asked = parser.parse_args()
     coordinator = f"localhost:{free_port()}"
-    processes = [start(asked, coordinator, i) for i in range(asked.processes)]
+    processes: list[subprocess.Popen[str]] = []
+    heard: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None = None) -> None:
+        heard.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: [p.send_signal(number) for p in processes if p.poll() is None])
+        signal.signal(number, pass_on)
+    for i in range(asked.processes):
+        processes.append(start(asked, coordinator, i))
+    for number in set(heard):  # some may have begun later
+        pass_on(number)
     readers = [threading.Thread(target=show, args=(i, process)) for i, process in enumerate(processes)]
     for reader in readers:
         reader.start()

@@ -132,18 +132,24 @@ def take(leg: Leg, launcher: str, overrides: list[str], *, dry: bool = False) ->
 
 
 def run(command: list[str]) -> int:
-    """The exit code of a training; SIGTERM is passed on to it."""
-    process = subprocess.Popen(command, env=os.environ | {"DREAMER_INTERRUPTED_CODE": str(INTERRUPTED)})
-    asked = []
+    """The exit code of a training; SIGTERM is passed on to it, however early it comes."""
+    asked: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _: FrameType | None) -> None:
+    def pass_on(number: int, _: FrameType | None = None) -> None:
         asked.append(number)
         if number == signal.SIGTERM:  # Ctrl-C reaches all processes of a terminal
-            process.send_signal(number)
+            for process in started:
+                process.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait() or (INTERRUPTED if asked else 0)
+        started.append(subprocess.Popen(command, env=os.environ | {"DREAMER_INTERRUPTED_CODE": str(INTERRUPTED)}))
+        for number in set(asked):  # came while nothing was there to hear it
+            pass_on(number)
+        code = started[0].wait()
+        died_of_it = -code in asked  # before it could take signals
+        return INTERRUPTED if asked and (code == 0 or died_of_it) else code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -168,9 +168,32 @@ def test_an_interrupted_training_interrupts_the_reproduction(tmp_path, capfd):
     assert "no validation loss of step 4" in capfd.readouterr().err
 
 
-def test_sigterm_reaches_the_training(tmp_path):
+@pytest.fixture
+def unheard():
+    """SIGTERMs that nobody else takes: they would end this process."""
+    taken = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
+    yield taken
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_sigterm_reaches_the_training(tmp_path, unheard):
     script = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
     note = tmp_path / "note"
     child = f"trap 'echo $DREAMER_INTERRUPTED_CODE > {note}; exit 75' TERM; kill -TERM {os.getpid()}; sleep 20 & wait"
     assert script.run(["bash", "-c", child]) == 75
     assert note.read_text() == "75\n"
+    assert unheard == []
+
+
+def test_sigterm_reaches_a_training_that_is_only_being_started(monkeypatch, unheard):
+    script = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+    original = subprocess.Popen
+
+    def interrupted_popen(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted_popen)
+    assert script.run(["bash", "-c", "sleep 5; exit 3"]) == 75
+    assert unheard == []
