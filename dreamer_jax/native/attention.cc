@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kQueries = 60;  // whole tiles: 60 is divisible by 6 and 12
 constexpr int64_t kKeys = 64;
+constexpr int64_t kRows = 64;     // queries, filled up to whole vectors
 constexpr float kHidden = -1e30f;
 
 struct Shape {
@@ -33,14 +34,29 @@ struct Shape {
   int64_t key(int64_t b, int64_t t, int64_t n) const { return ((b * T + t) * K + n / (N / K)) * H; }
 };
 
-// Products of a block of queries with a block of keys, `hidden` where a query does not see the key: [queries, kKeys].
-void scores(const Shape& s, const float* q, const float* k, const int32_t* start, int64_t t, int64_t queries, int64_t key,
-            float* out, float* panel) {
-  const int64_t keys = std::min(kKeys, s.T - key);
-  matmul(queries, keys, s.H, rows(q, s.q_row), transposed(k, s.kv_row), out, kKeys, panel);
-  for (int64_t r = 0; r < queries; ++r) {
-    const int64_t low = std::clamp<int64_t>(start[t + r] - key, 0, kKeys);
-    const int64_t high = std::clamp<int64_t>(t + r + 1 - key, low, kKeys);
+// A block of queries and a block of keys. Where they meet the diagonal, strips of queries see fewer and fewer of the keys.
+struct Block {
+  int64_t t, queries, key, keys;
+
+  // visit(first, count, seen) for strips of queries: none of them sees more than the first `seen` keys.
+  template <class Visit>
+  void strips(const Visit& visit) const {
+    const int64_t strip = key + keys <= t + 1 ? queries : 2 * kTile;
+    for (int64_t r = 0; r < queries; r += strip) {
+      const int64_t count = std::min(strip, queries - r), whole = (t + r + count - key + kPanel - 1) / kPanel * kPanel;
+      visit(r, count, std::clamp<int64_t>(whole, 0, keys));
+    }
+  }
+};
+
+// Products of queries with keys, `hidden` where a query does not see the key: [queries, kKeys].
+void scores(const Shape& s, const Block& block, const float* q, Packed keys, const int32_t* start, float* out) {
+  block.strips([&](int64_t r, int64_t count, int64_t seen) {
+    matmul(count, rows(q + r * s.q_row, s.q_row), keys.columns(seen), out + r * kKeys, kKeys);
+  });
+  for (int64_t r = 0; r < block.queries; ++r) {
+    const int64_t low = std::clamp<int64_t>(start[block.t + r] - block.key, 0, kKeys);
+    const int64_t high = std::clamp<int64_t>(block.t + r + 1 - block.key, low, kKeys);
     std::fill(out + r * kKeys, out + r * kKeys + low, kHidden);
     std::fill(out + r * kKeys + high, out + (r + 1) * kKeys, kHidden);
   }
@@ -50,93 +66,146 @@ int64_t first_block(const int32_t* start, int64_t t, int64_t queries) {
   return *std::min_element(start + t, start + t + queries) / kKeys * kKeys;
 }
 
-// One key block's step of the running softmax of a row: its scores become weights, and what was summed up shrinks.
-void soften(const Shape& s, float* row, float* out, float& high, float& total) {
-  Vec most = load(row);
-  for (int64_t j = kLanes; j < kKeys; j += kLanes) most = load(row + j) > most ? load(row + j) : most;
-  float new_high = high;
-  for (int i = 0; i < kLanes; ++i) new_high = std::max(new_high, s.scale * most[i]);
-  const bool number = std::none_of(row, row + kKeys, [](float x) { return std::isnan(x); });
-  if (number && new_high <= s.scale * kHidden) return std::fill(row, row + kKeys, 0.0f);  // it saw nothing so far
-  const float shrink = exp(Vec{} + (high - new_high))[0];
-  Vec added{};
-  for (int64_t j = 0; j < kKeys; j += kLanes) {
-    const Vec p = exp(s.scale * load(row + j) - new_high);
-    store(row + j, p);
-    added += p;
+// The running softmax of a block of queries of one head.
+struct Softmax {
+  float high[kRows], total[kRows];
+};
+
+// One key block's step: scores become weights, and what was summed up shrinks. Row by row, but in phases, so that a
+// processor works at many rows at a time.
+void soften(const Shape& s, Softmax& state, int64_t queries, float* p, float* out) {
+  float high[kRows], shrink[kRows];
+  for (int64_t r = 0; r < queries; ++r) {
+    const float* row = p + r * kKeys;
+    Vec most = load(row);
+    for (int64_t j = kLanes; j < kKeys; j += kLanes) most = load(row + j) > most ? load(row + j) : most;
+    high[r] = std::max(state.high[r], s.scale * largest(most));
   }
-  for (int64_t h = 0; h < s.H; ++h) out[h] *= shrink;
-  total = total * shrink + sum(added);
-  high = new_high;
+  std::fill(high + queries, high + kRows, 0.0f);
+  for (int64_t r = 0; r < kRows; r += kLanes) store(shrink + r, exp(load(state.high + r) - load(high + r)));
+  for (int64_t r = 0; r < queries; ++r) {
+    float* row = p + r * kKeys;
+    if (high[r] <= s.scale * kHidden && std::none_of(row, row + kKeys, [](float x) { return std::isnan(x); })) {
+      std::fill(row, row + kKeys, 0.0f);  // it saw nothing so far
+      continue;
+    }
+    Vec added{};
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+      const Vec weight = exp(s.scale * load(row + j) - high[r]);
+      store(row + j, weight);
+      added += weight;
+    }
+    state.total[r] = state.total[r] * shrink[r] + sum(added);
+    for (int64_t h = 0; h < s.H; ++h) out[r * s.q_row + h] *= shrink[r];
+  }
+  std::copy(high, high + kRows, state.high);
+}
+
+// A block of queries of all heads that share a key/value head.
+void queries_forward(const Shape& s, int64_t b, int64_t head, int64_t t, const float* q, const float* k, const float* v,
+                     const int32_t* start, float* out, float* lse) {
+  const int64_t queries = std::min(kQueries, s.T - t), group = s.N / s.K;
+  float *p = scratch<0>(kQueries * kKeys), *k_panels = scratch<1>(packed_size(s.H, kKeys)),
+        *v_panels = scratch<2>(packed_size(kKeys, s.H));
+  std::vector<Softmax> states(group);
+  for (int64_t g = 0; g < group; ++g) {
+    std::fill_n(states[g].high, kRows, s.scale * kHidden);
+    std::fill_n(states[g].total, kRows, 0.0f);
+    float* rows_out = out + s.query(b, t, head * group + g);
+    for (int64_t r = 0; r < queries; ++r) std::fill_n(rows_out + r * s.q_row, s.H, 0.0f);
+  }
+  for (int64_t key = first_block(start, t, queries); key < t + queries; key += kKeys) {
+    const Block block{t, queries, key, std::min(kKeys, s.T - key)};
+    const int64_t from = s.key(b, key, head * group);
+    const Packed k_block = packed(transposed(k + from, s.kv_row), s.H, block.keys, k_panels);
+    const Packed v_block = packed(rows(v + from, s.kv_row), block.keys, s.H, v_panels);
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t at = s.query(b, t, head * group + g);
+      scores(s, block, q + at, k_block, start, p);
+      soften(s, states[g], queries, p, out + at);
+      block.strips([&](int64_t r, int64_t count, int64_t seen) {
+        matmul(count, rows(p + r * kKeys, kKeys), v_block.rows(0, seen), out + at + r * s.q_row, s.q_row, true);
+      });
+    }
+  }
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t r = 0; r < queries; ++r) {
+      const int64_t n = head * group + g, at = s.query(b, t + r, n);
+      for (int64_t h = 0; h < s.H; ++h) out[at + h] /= states[g].total[r];
+      lse[(b * s.N + n) * s.T + t + r] = states[g].high[r] + std::log(states[g].total[r]);
+    }
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices start, Result out, Result lse) {
   const Shape s(q, k);
   const int64_t blocks = (s.T + kQueries - 1) / kQueries;
-  share_out(pool, s.B * s.N * blocks, [&](int64_t i) {
-    const int64_t b = i / (s.N * blocks), n = i / blocks % s.N;
+  share_out(pool, s.B * s.K * blocks, [&](int64_t i) {
+    const int64_t b = i / (s.K * blocks), head = i / blocks % s.K;
     const int64_t t = (blocks - 1 - i % blocks) * kQueries;  // the longest come first
-    const int64_t queries = std::min(kQueries, s.T - t);
-    const int32_t* starts = start.typed_data() + b * s.T;
-    float *p = scratch<0>(kQueries * kKeys), *panel = scratch<1>(std::max(s.H, kKeys) * kPanel);
-    float high[kQueries], total[kQueries] = {};
-    std::fill(high, high + kQueries, s.scale * kHidden);
-    float* rows_out = out->typed_data() + s.query(b, t, n);
-    for (int64_t r = 0; r < queries; ++r) std::fill(rows_out + r * s.q_row, rows_out + r * s.q_row + s.H, 0.0f);
-    for (int64_t key = first_block(starts, t, queries); key < t + queries; key += kKeys) {
-      const int64_t keys = std::min(kKeys, s.T - key);
-      scores(s, q.typed_data() + s.query(b, t, n), k.typed_data() + s.key(b, key, n), starts, t, queries, key, p, panel);
-      for (int64_t r = 0; r < queries; ++r) soften(s, p + r * kKeys, rows_out + r * s.q_row, high[r], total[r]);
-      matmul(queries, s.H, keys, rows(p, kKeys), rows(v.typed_data() + s.key(b, key, n), s.kv_row), rows_out, s.q_row,
-             panel, true);
-    }
-    for (int64_t r = 0; r < queries; ++r) {
-      for (int64_t h = 0; h < s.H; ++h) rows_out[r * s.q_row + h] /= total[r];
-      lse->typed_data()[(b * s.N + n) * s.T + t + r] = high[r] + std::log(total[r]);
-    }
+    queries_forward(s, b, head, t, q.typed_data(), k.typed_data(), v.typed_data(), start.typed_data() + b * s.T,
+                    out->typed_data(), lse->typed_data());
   });
   return ffi::Error::Success();
 }
 
-// Probabilities from scores, and the scores' gradients from those of the probabilities, in place.
-void score_gradients(const Shape& s, float* p, float* d_p, float lse, float delta) {
-  for (int64_t j = 0; j < kKeys; j += kLanes) {
+// Probabilities from scores, and the scores' gradients from those of the probabilities, in place; zeros after `seen`.
+void score_gradients(const Shape& s, float* p, float* d_p, int64_t seen, float lse, float delta) {
+  int64_t j = 0;
+  for (; j < seen; j += kLanes) {
     const Vec probability = exp(s.scale * load(p + j) - lse);
     store(p + j, probability);
     store(d_p + j, probability * (load(d_p + j) - delta) * s.scale);
   }
+  for (float* row : {p, d_p}) std::fill(row + std::min(j, kKeys), row + kKeys, 0.0f);
 }
 
 // The gradients for one key/value head: those of its query heads add up, so that one thread has them all.
 void head_backward(const Shape& s, int64_t b, int64_t head, const float* q, const float* k, const float* v,
                    const int32_t* start, const float* out, const float* lse, const float* d_out, float* d_q, float* d_k,
                    float* d_v) {
-  float *p = scratch<0>(kQueries * kKeys), *d_p = scratch<2>(kQueries * kKeys);
-  float* panel = scratch<1>(std::max(s.H, kKeys) * kPanel);
-  const int64_t group = s.N / s.K;
-  for (float* d : {d_k, d_v})
-    for (int64_t t = 0; t < s.T; ++t) std::fill_n(d + s.key(b, t, head * group), s.H, 0.0f);
-  for (int64_t n = head * group; n < (head + 1) * group; ++n)
-    for (int64_t t = 0; t < s.T; t += kQueries) {
-      const int64_t queries = std::min(kQueries, s.T - t), at = s.query(b, t, n);
-      float delta[kQueries];
-      for (int64_t r = 0; r < queries; ++r) {
-        const float *o = out + at + r * s.q_row, *d = d_out + at + r * s.q_row;
-        delta[r] = 0;
-        for (int64_t h = 0; h < s.H; ++h) delta[r] += o[h] * d[h];
-      }
-      const int64_t first = first_block(start, t, queries);
-      for (int64_t key = first; key < t + queries; key += kKeys) {
-        const int64_t keys = std::min(kKeys, s.T - key), from = s.key(b, key, n);
-        scores(s, q + at, k + from, start, t, queries, key, p, panel);
-        matmul(queries, keys, s.H, rows(d_out + at, s.q_row), transposed(v + from, s.kv_row), d_p, kKeys, panel);
-        for (int64_t r = 0; r < queries; ++r)
-          score_gradients(s, p + r * kKeys, d_p + r * kKeys, lse[(b * s.N + n) * s.T + t + r], delta[r]);
-        matmul(keys, s.H, queries, transposed(p, kKeys), rows(d_out + at, s.q_row), d_v + from, s.kv_row, panel, true);
-        matmul(keys, s.H, queries, transposed(d_p, kKeys), rows(q + at, s.q_row), d_k + from, s.kv_row, panel, true);
-        matmul(queries, s.H, keys, rows(d_p, kKeys), rows(k + from, s.kv_row), d_q + at, s.q_row, panel, key > first);
+  const int64_t group = s.N / s.K, first_head = head * group, panel = packed_size(s.H, kKeys);
+  float *p = scratch<0>(2 * kQueries * kKeys), *d_p = p + kQueries * kKeys;
+  float *k_panels = scratch<1>(2 * panel + packed_size(kKeys, s.H)), *v_panels = k_panels + panel;
+  float *q_panels = scratch<2>(2 * packed_size(kQueries, s.H)), *d_panels = q_panels + packed_size(kQueries, s.H);
+  float* delta = scratch<3>(group * s.T);
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t t = 0; t < s.T; ++t)
+      delta[g * s.T + t] = dot(out + s.query(b, t, first_head + g), d_out + s.query(b, t, first_head + g), s.H);
+  for (int64_t key = 0; key < s.T; key += kKeys) {
+    const int64_t keys = std::min(kKeys, s.T - key), from = s.key(b, key, first_head);
+    const Packed k_across = packed(transposed(k + from, s.kv_row), s.H, keys, k_panels);
+    const Packed v_across = packed(transposed(v + from, s.kv_row), s.H, keys, v_panels);
+    const Packed k_rows = packed(rows(k + from, s.kv_row), keys, s.H, v_panels + panel);
+    for (float* d : {d_k, d_v})
+      for (int64_t r = 0; r < keys; ++r) std::fill_n(d + from + r * s.kv_row, s.H, 0.0f);
+    for (int64_t t = key / kQueries * kQueries; t < s.T; t += kQueries) {
+      const Block block{t, std::min(kQueries, s.T - t), key, keys};
+      const int64_t first = first_block(start, t, block.queries);
+      if (key < first) continue;
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t at = s.query(b, t, first_head + g);
+        const float* lses = lse + (b * s.N + first_head + g) * s.T + t;
+        scores(s, block, q + at, k_across, start, p);
+        block.strips([&](int64_t r, int64_t count, int64_t seen) {
+          matmul(count, rows(d_out + at + r * s.q_row, s.q_row), v_across.columns(seen), d_p + r * kKeys, kKeys);
+          for (int64_t i = r; i < r + count; ++i)
+            score_gradients(s, p + i * kKeys, d_p + i * kKeys, seen, lses[i], delta[g * s.T + t + i]);
+          matmul(count, rows(d_p + r * kKeys, kKeys), k_rows.rows(0, seen), d_q + at + r * s.q_row, s.q_row, key > first);
+        });
+        const Packed q_rows = packed(rows(q + at, s.q_row), block.queries, s.H, q_panels);
+        const Packed d_rows = packed(rows(d_out + at, s.q_row), block.queries, s.H, d_panels);
+        // Queries before a key do not see it: strips of keys, from the first query that sees one of them.
+        const int64_t strip = key + keys <= t + 1 ? keys : 2 * kTile;
+        for (int64_t m = 0; m < keys; m += strip) {
+          const int64_t r = std::max<int64_t>(0, key + m - t), seeing = block.queries - r, count = std::min(strip, keys - m);
+          if (seeing <= 0) break;
+          const int64_t into = from + m * s.kv_row, in = r * kKeys + m;
+          matmul(count, transposed(p + in, kKeys), d_rows.rows(r, seeing), d_v + into, s.kv_row, true);
+          matmul(count, transposed(d_p + in, kKeys), q_rows.rows(r, seeing), d_k + into, s.kv_row, true);
+        }
       }
     }
+  }
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices start, Floats out, Floats lse,

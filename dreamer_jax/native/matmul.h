@@ -27,29 +27,36 @@ inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
 // e^x to about 2e-7 of its value; 0 for x < -87, and what is not a number stays so.
 inline Vec exp(Vec x) {
+  const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits
   const IntVec tiny = x < -87.0f;
   x = x > 88.0f ? Vec{} + 88.0f : x;
-  const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = (x * 1.44269504f + shift) - shift;
+  const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
   const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x = n ln 2 + f, ln 2 in two parts
   Vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' polynomial
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return tiny ? Vec{} : p * (Vec)power;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const Vec power = (Vec)(((IntVec)shifted << 23) + 0x3f800000);  // 2^n: n is added to the exponent of 1
+  return tiny ? Vec{} : p * power;
 }
 
-// The sum of a vector's numbers: its halves, its quarters and so on, added to each other.
-template <int half, int... i>
-inline float sum_of_halves(Vec v, std::integer_sequence<int, i...> lanes) {
+// A vector's halves combined, then the halves of that and so on, until one number is left.
+template <int half, class Both, int... i>
+inline float fold(Vec v, const Both& both, std::integer_sequence<int, i...> lanes) {
   if constexpr (half == 0) return v[0];
-  else return sum_of_halves<half / 2>(v + __builtin_shufflevector(v, v, (i ^ half)...), lanes);
+  else return fold<half / 2>(both(v, __builtin_shufflevector(v, v, (i ^ half)...)), both, lanes);
 }
 
-inline float sum(Vec v) { return sum_of_halves<kLanes / 2>(v, std::make_integer_sequence<int, kLanes>()); }
+inline float sum(Vec v) {
+  return fold<kLanes / 2>(v, [](Vec a, Vec b) { return a + b; }, std::make_integer_sequence<int, kLanes>());
+}
+
+inline float largest(Vec v) {
+  return fold<kLanes / 2>(v, [](Vec a, Vec b) { return a > b ? a : b; }, std::make_integer_sequence<int, kLanes>());
+}
 
 inline float dot(const float* a, const float* b, int64_t count) {
   Vec total{};
@@ -159,6 +166,14 @@ inline void matmul_thin(int64_t M, int64_t N, int64_t K, View a, const float* b,
     add_outer(std::make_integer_sequence<int, 1>(), M, N, a, b, b_row, c, c_row);
 }
 
+// C's columns of one panel: C[M, n] = A[M, K] B[K, n], or += with `add`.
+inline void multiply_panel(int64_t M, int n, int64_t K, View a, const float* panel, float* c, int64_t c_row, bool add) {
+  int64_t m = 0;
+  for (; m + kTile <= M; m += kTile, a.p += kTile * a.row)
+    multiply_tile(std::make_integer_sequence<int, kTile>(), K, a, panel, c + m * c_row, c_row, n, add);
+  multiply_rest<kTile - 1>(M - m, K, a, panel, c + m * c_row, c_row, n, add);
+}
+
 // C[M, N] = A[M, K] B[K, N], or += with `add`. C's rows are contiguous; `panel` is scratch for K * kPanel numbers.
 __attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, View a, View b, float* c, int64_t c_row,
                                              float* panel, bool add = false) {
@@ -167,12 +182,31 @@ __attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, Vi
   for (int64_t first = 0; first < N; first += kPanel) {
     const int n = std::min<int64_t>(kPanel, N - first);
     pack(b, K, first, n, panel);
-    int64_t m = 0;
-    View tile = a;
-    for (; m + kTile <= M; m += kTile, tile.p += kTile * a.row)
-      multiply_tile(std::make_integer_sequence<int, kTile>(), K, tile, panel, c + m * c_row + first, c_row, n, add);
-    multiply_rest<kTile - 1>(M - m, K, tile, panel, c + m * c_row + first, c_row, n, add);
+    multiply_panel(M, n, K, a, panel, c + first, c_row, add);
   }
+}
+
+// A matrix B[K, N] packed once for many products: panels of `stride` rows, one after the other.
+struct Packed {
+  int64_t K, N, stride;
+  const float* panels;
+
+  Packed columns(int64_t count) const { return {K, count, stride, panels}; }
+  Packed rows(int64_t first, int64_t count) const { return {count, N, stride, panels + first * kPanel}; }
+};
+
+inline int64_t packed_size(int64_t K, int64_t N) { return (N + kPanel - 1) / kPanel * kPanel * K; }
+
+// `panels` has room for packed_size(K, N) numbers.
+inline Packed packed(View b, int64_t K, int64_t N, float* panels) {
+  for (int64_t first = 0; first < N; first += kPanel)
+    pack(b, K, first, std::min<int64_t>(kPanel, N - first), panels + first * K);
+  return {K, N, K, panels};
+}
+
+__attribute__((noinline)) inline void matmul(int64_t M, View a, Packed b, float* c, int64_t c_row, bool add = false) {
+  for (int64_t first = 0; first < b.N; first += kPanel)
+    multiply_panel(M, std::min<int64_t>(kPanel, b.N - first), b.K, a, b.panels + first * b.stride, c + first, c_row, add);
 }
 
 }  // namespace dreamer
