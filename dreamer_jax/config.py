@@ -216,7 +216,7 @@ class TrainConfig:
     """Initialisation and data order."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type. Parameters and optimizer state are float32 in either case."""
-    remat: Literal["none", "full", "selective"] = "full"
+    remat: Literal["none", "full", "selective", "products"] = "full"
     """What the backward pass recomputes: nothing, every layer from its input, or all but SA's outputs (kept by
     the attention backends 'blocks' and 'splash'). Routing decisions are never recomputed."""
     max_bad_steps: int = 10

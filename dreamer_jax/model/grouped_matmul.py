@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -200,7 +201,8 @@ def grouped_swiglu(
     # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
     owned = (jnp.arange(x.shape[0], dtype=sizes.dtype) < jnp.sum(sizes))[:, None]
     x, scores = jnp.where(owned, x, 0), jnp.where(owned, scores, 0)
-    gate_up = jnp.where(owned, grouped_matmul(x, w_gate_up, sizes, backend=backend).astype(jnp.float32), 0)
+    gate_up = checkpoint_name(grouped_matmul(x, w_gate_up, sizes, backend=backend), "products")
+    gate_up = jnp.where(owned, gate_up.astype(jnp.float32), 0)
     hidden = (_gate(gate_up) * scores).astype(x.dtype)
     return jnp.where(owned, grouped_matmul(hidden, w_down, sizes, backend=backend), 0)
 
@@ -346,7 +348,7 @@ def _blocks_backward(f, heights, residuals, d_y):
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-# native: the whole SwiGLU in one call; the backward pass computes the inner activation again, from caches
+# native: the whole SwiGLU in one call; for gradients in two, so that remat can keep what lies between them
 
 
 @jax.custom_vjp
@@ -355,12 +357,13 @@ def _native_swiglu(x, scores, w_gate_up, w_down, sizes):
 
 
 def _native_swiglu_forward(x, scores, w_gate_up, w_down, sizes):
-    return _native_swiglu(x, scores, w_gate_up, w_down, sizes), (x, scores, w_gate_up, w_down, sizes)
+    gate_up = checkpoint_name(native.grouped_product("forward", x, w_gate_up, sizes), "products")
+    return native.gated(gate_up, scores, w_down, sizes), (x, scores, gate_up, w_gate_up, w_down, sizes)
 
 
 def _native_swiglu_backward(residuals, d_y):
-    x, scores, w_gate_up, w_down, sizes = residuals
-    return *native.swiglu_gradients(x, scores, w_gate_up, w_down, d_y, sizes), None
+    x, scores, gate_up, w_gate_up, w_down, sizes = residuals
+    return *native.swiglu_gradients(x, scores, gate_up, w_gate_up, w_down, d_y, sizes), None
 
 
 _native_swiglu.defvjp(_native_swiglu_forward, _native_swiglu_backward)

@@ -92,9 +92,10 @@ def _project(
 ) -> Float[Array, "tokens O"]:
     """Compute x @ W, or in an MoE score * x (W_e + W_shared) with Eq. 7's gradient; `w` holds the merged experts."""
     if selection is None:
-        return x @ w[...]
+        return checkpoint_name(x @ w[...], "products")
     routing, order = selection
     y = unsort(grouped_matmul(dispatch(x, order, 1), w[...], order.sizes, backend=backend), order)
+    y = checkpoint_name(y, "products")
     score = routing.scores[:, 0]
     return _scale(y, score) if shared is None else scale_by_score(y, score, x, shared[...])
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-Remat = Literal["none", "full", "selective"]
+Remat = Literal["none", "full", "selective", "products"]
 
 Body = Callable[[PyTree, PyTree, PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree, PyTree]]
 """body(shared, own, constants, x, cache, l) -> (x of the next depth, cache entry of depth l, aux)."""
@@ -97,7 +97,11 @@ def _remat(body: Body, remat: Remat) -> Body:
     """The body with its residuals chosen; inside a scan there is nothing that CSE could undo."""
     if remat == "none":
         return body
-    names = {"full": ("routing",), "selective": ("routing", "attention")}[remat]
+    names = {
+        "full": ("routing",),
+        "selective": ("routing", "attention"),
+        "products": ("routing", "attention", "products"),
+    }[remat]
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 

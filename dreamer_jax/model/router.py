@@ -46,6 +46,7 @@ class Router(nnx.Module):
         """Scaled dot products of rotated queries with unrotated keys, float32."""
         size, epsilon = self.config.router_size, self.config.norm_epsilon
         query = jnp.matmul(x, self.w_q[...], preferred_element_type=jnp.float32)
+        query = checkpoint_name(query, "products")
         query = rms_norm(query, self.q_norm[...], epsilon)
         query = rotate(query, depth_rotation(l, self.config.depth, size, self.config.depth_rope_base))
         keys = rms_norm(self.keys[...], self.k_norm[...], epsilon)

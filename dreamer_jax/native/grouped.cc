@@ -93,9 +93,10 @@ void gate(int64_t count, int64_t F, const float* gate_up, const float* scores, f
   }
 }
 
-// The gradients of `gate`: d_h [rows, F] and gate_up give d_scores, and d_gate_up in the place of gate_up.
-void gate_gradient(int64_t count, int64_t F, const float* d_h, const float* scores, float* gate_up, float* d_scores) {
-  for (int64_t r = 0; r < count; ++r, gate_up += 2 * F, d_h += F) {
+// The gradients of `gate`: d_h [rows, F] and gate_up give d_scores and d_gate_up [rows, 2F].
+void gate_gradient(int64_t count, int64_t F, const float* d_h, const float* scores, const float* gate_up,
+                   float* d_gate_up, float* d_scores) {
+  for (int64_t r = 0; r < count; ++r, gate_up += 2 * F, d_gate_up += 2 * F, d_h += F) {
     Vec total{};
     for (int64_t f = 0; f < F; f += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, F - f);
@@ -107,11 +108,10 @@ void gate_gradient(int64_t count, int64_t F, const float* d_h, const float* scor
       const Vec d = load(whole ? d_h + f : in[2]);
       const Vec s = 1.0f / (1.0f + exp(-g)), silu = g * s, scaled = scores[r] * d;
       total += d * silu * u;
-      const Vec d_gate = scaled * u * (s + silu * (1.0f - s)), d_up = scaled * silu;
-      store(whole ? gate_up + f : in[0], d_gate);
-      store(whole ? gate_up + F + f : in[1], d_up);
+      store(whole ? d_gate_up + f : in[0], scaled * u * (s + silu * (1.0f - s)));
+      store(whole ? d_gate_up + F + f : in[1], scaled * silu);
       if (n < kLanes)
-        for (int64_t j = 0; j < n; ++j) gate_up[f + j] = in[0][j], gate_up[F + f + j] = in[1][j];
+        for (int64_t j = 0; j < n; ++j) d_gate_up[f + j] = in[0][j], d_gate_up[F + f + j] = in[1][j];
     }
     d_scores[r] = sum(total);
   }
@@ -136,31 +136,44 @@ ffi::Error swiglu(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_u
   return ffi::Error::Success();
 }
 
-// All gradients of `swiglu` from d_y [R, D]; what it computed inside is computed again.
-ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_up, Floats w_down, Floats d_y,
-                            Counts sizes, Result d_x, Result d_scores, Result d_w_gate_up, Result d_w_down) {
+// The second half of `swiglu`, from gate_up = x [W_gate W_up], [R, 2F]
+ffi::Error gated(ffi::ThreadPool pool, Floats gate_up, Floats scores, Floats w_down, Counts sizes, Result y) {
+  const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
+  const auto all = groups(sizes, kRows);
+  clear_unowned(all, y);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, first, count] = all[i];
+    float *panel = scratch<0>(F * kPanel), *h = scratch<1>(kRows * F);
+    gate(count, F, gate_up.typed_data() + first * 2 * F, scores.typed_data() + first, h);
+    matmul(count, D, F, rows(h, F), rows(w_down.typed_data() + e * F * D, D), y->typed_data() + first * D, D, panel);
+  });
+  return ffi::Error::Success();
+}
+
+// All gradients of `swiglu` from d_y [R, D] and gate_up [R, 2F].
+ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats gate_up, Floats w_gate_up,
+                            Floats w_down, Floats d_y, Counts sizes, Result d_x, Result d_scores, Result d_w_gate_up,
+                            Result d_w_down) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
   const auto all = groups(sizes, x.dimensions()[0] + 1);
   clear_unowned(all, d_x);
   clear_unowned(all, d_scores);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, begin, total] = all[i];
-    float* panel = scratch<0>(std::max({D, 2 * F, kRows}) * kPanel);
-    float* gate_up = scratch<1>(kRows * 2 * F);
-    float* h = scratch<2>(kRows * F);
-    float* d_h = scratch<3>(kRows * F);
+    float *panel = scratch<0>(std::max({D, 2 * F, kRows}) * kPanel), *h = scratch<1>(kRows * F);
+    float *d_h = scratch<2>(kRows * F), *d_gate_up = scratch<3>(kRows * 2 * F);
     const float *into = w_gate_up.typed_data() + e * D * 2 * F, *out_of = w_down.typed_data() + e * F * D;
     float *d_into = d_w_gate_up->typed_data() + e * D * 2 * F, *d_out_of = d_w_down->typed_data() + e * F * D;
     for (int64_t done = 0; done == 0 || done < total; done += kRows) {
       const int64_t first = begin + done, count = std::min(kRows, total - done);
       const float *x_rows = x.typed_data() + first * D, *d_rows = d_y.typed_data() + first * D;
-      matmul(count, 2 * F, D, rows(x_rows, D), rows(into, 2 * F), gate_up, 2 * F, panel);
-      gate(count, F, gate_up, scores.typed_data() + first, h);
+      const float *inner = gate_up.typed_data() + first * 2 * F, *score = scores.typed_data() + first;
+      gate(count, F, inner, score, h);
       matmul(F, D, count, transposed(h, F), rows(d_rows, D), d_out_of, D, panel, done > 0);
       matmul(count, F, D, rows(d_rows, D), transposed(out_of, D), d_h, F, panel);
-      gate_gradient(count, F, d_h, scores.typed_data() + first, gate_up, d_scores->typed_data() + first);
-      matmul(D, 2 * F, count, transposed(x_rows, D), rows(gate_up, 2 * F), d_into, 2 * F, panel, done > 0);
-      matmul(count, D, 2 * F, rows(gate_up, 2 * F), transposed(into, 2 * F), d_x->typed_data() + first * D, D, panel);
+      gate_gradient(count, F, d_h, score, inner, d_gate_up, d_scores->typed_data() + first);
+      matmul(D, 2 * F, count, transposed(x_rows, D), rows(d_gate_up, 2 * F), d_into, 2 * F, panel, done > 0);
+      matmul(count, D, 2 * F, rows(d_gate_up, 2 * F), transposed(into, 2 * F), d_x->typed_data() + first * D, D, panel);
     }
   });
   return ffi::Error::Success();
@@ -186,9 +199,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_swiglu, dreamer::swiglu,
                                   .Arg<Floats>()
                                   .Arg<Counts>()
                                   .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gated, dreamer::gated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Counts>()
+                                  .Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_swiglu_gradients, dreamer::swiglu_gradients,
                               ffi::Ffi::Bind()
                                   .Ctx<Pool>()
+                                  .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

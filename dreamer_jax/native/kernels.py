@@ -51,17 +51,25 @@ def swiglu(
     return _call("grouped_swiglu", [x.shape], x, scores, w_gate_up, w_down, sizes)[0]
 
 
+def gated(
+    gate_up: Float[Array, "R G"], scores: Float[Array, "R 1"], w_down: Float[Array, "E F D"], sizes: Int[Array, "E"]
+) -> Float[Array, "R D"]:
+    """The second half of `swiglu`, from gate_up = x [W_gate W_up]."""
+    return _call("grouped_gated", [(gate_up.shape[0], w_down.shape[2])], gate_up, scores, w_down, sizes)[0]
+
+
 def swiglu_gradients(
     x: Float[Array, "R D"],
     scores: Float[Array, "R 1"],
+    gate_up: Float[Array, "R G"],
     w_gate_up: Float[Array, "E D G"],
     w_down: Float[Array, "E F D"],
     d_y: Float[Array, "R D"],
     sizes: Int[Array, "E"],
 ) -> Sequence[Array]:
-    """The gradients of `swiglu` for x, scores, w_gate_up and w_down."""
+    """The gradients of `swiglu` for x, scores, w_gate_up and w_down, from its gate_up = x [W_gate W_up]."""
     shapes = [a.shape for a in (x, scores, w_gate_up, w_down)]
-    return _call("grouped_swiglu_gradients", shapes, x, scores, w_gate_up, w_down, d_y, sizes)
+    return _call("grouped_swiglu_gradients", shapes, x, scores, gate_up, w_gate_up, w_down, d_y, sizes)
 
 
 def attend(

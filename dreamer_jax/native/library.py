@@ -28,6 +28,7 @@ FUNCTIONS = (
     "grouped_inputs_gradient",
     "grouped_weights_gradient",
     "grouped_swiglu",
+    "grouped_gated",
     "grouped_swiglu_gradients",
     "attend_forward",
     "attend_backward",
