@@ -49,7 +49,7 @@ def _config(size: str, variant: str) -> Config:
         model=model,
         data=DataConfig(context=512),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, expert_bias_rate=3e-2),
-        train=TrainConfig(batch=_ROWS[size], dtype="float32", remat="selective"),
+        train=TrainConfig(batch=_ROWS[size], dtype="float32", remat="products"),
         kernels=KernelConfig(),
     )
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.expert_parallel import Exchange, exchanged_swiglu
-from dreamer_jax.model.grouped_matmul import Backend, collect, dispatch, grouped_swiglu, pad_experts_for, plan, sort
+from dreamer_jax.model.grouped_matmul import Backend, collect, dispatch, pad_experts_for, plan, routed_swiglu, sort
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, input_std, matrix, norm, output_std
 from dreamer_jax.model.router import Router, Routing
@@ -52,8 +52,11 @@ class ExpertAttention(nnx.Module):
         routing = self.router(rows, l, counted.reshape(-1), self.config.active_experts)
         weights = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
         order = checkpoint_name(plan(routing.ids, self.config.experts), "routing")
-        active = self.config.active_experts
-        inputs = dispatch(rows, order, active), sort(weights.reshape(-1, 1), order)
-        swiglu = functools.partial(exchanged_swiglu, exchange=exchange) if exchange else grouped_swiglu
-        y = swiglu(*inputs, self.w_gate_up[...], self.w_down[...], order.sizes, backend=backend)
-        return collect(y, order, active).reshape(x.shape), routing._replace(scores=weights)
+        experts = self.w_gate_up[...], self.w_down[...]
+        if exchange is None:
+            y = routed_swiglu(rows, weights, *experts, order, backend=backend)
+        else:
+            active = self.config.active_experts
+            inputs = dispatch(rows, order, active), sort(weights.reshape(-1, 1), order), *experts, order.sizes
+            y = collect(exchanged_swiglu(*inputs, backend=backend, exchange=exchange), order, active)
+        return y.reshape(x.shape), routing._replace(scores=weights)

@@ -7,6 +7,8 @@ A mixture of experts sends every token to A of E experts. The way through this f
     rows = grouped_swiglu(rows, scores, w_gate_up, w_down, p.sizes, backend=...)
     x = collect(rows, p, active)                                # [R, D] -> [tokens, D], the sum of each token's rows
 
+`routed_swiglu` is the last three in one.
+
 No capacity limit drops a token, and nothing here scatters floats: every gather has a gather as its gradient, so results
 are the same from run to run. Backends differ in how they multiply, not in what they compute:
 
@@ -195,7 +197,7 @@ def grouped_swiglu(
     if backend in ("native", "blocks"):
         x, scores, w_gate_up, w_down, sizes = vary_together(x, scores, w_gate_up, w_down, sizes)
     if backend == "native":
-        return _native_swiglu(x, scores, w_gate_up, w_down, sizes)
+        return _native_swiglu(x, scores, w_gate_up, w_down, sizes, None, 0)
     if backend == "blocks":
         return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), (x, scores), (w_gate_up, w_down), sizes)
     # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
@@ -205,6 +207,25 @@ def grouped_swiglu(
     gate_up = jnp.where(owned, gate_up.astype(jnp.float32), 0)
     hidden = (_gate(gate_up) * scores).astype(x.dtype)
     return jnp.where(owned, grouped_matmul(hidden, w_down, sizes, backend=backend), 0)
+
+
+def routed_swiglu(
+    x: Float[Array, "tokens D"],
+    scores: Float[Array, "tokens A"],
+    w_gate_up: Float[Array, "E D G"],
+    w_down: Float[Array, "E F D"],
+    p: Plan,
+    *,
+    backend: Backend,
+) -> Float[Array, "tokens D"]:
+    """Send every token through the SwiGLUs of its A experts, weighted, and add up: dispatch, experts, collect."""
+    active, scores = scores.shape[1], sort(scores.reshape(-1, 1), p)
+    if backend == "native":  # its kernels gather the tokens themselves
+        inputs = vary_together(x, scores, w_gate_up, w_down, *p)
+        with jax.named_scope("experts"):
+            return _native_swiglu(*inputs[:4], inputs[-1], Plan(*inputs[4:]), active)
+    rows = grouped_swiglu(dispatch(x, p, active), scores, w_gate_up, w_down, p.sizes, backend=backend)
+    return collect(rows, p, active)
 
 
 def _matmul(x, w):
@@ -351,22 +372,35 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 # native: the whole SwiGLU in one call; for gradients in two, so that remat can keep what lies between them
 
 
-@jax.custom_vjp
-def _native_swiglu(x, scores, w_gate_up, w_down, sizes):
-    return native.swiglu(x, scores, w_gate_up, w_down, sizes)
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _native_swiglu(x, scores, w_gate_up, w_down, sizes, p, active):
+    """Sorted rows to sorted rows; or with their plan `p`, tokens to tokens."""
+    return _collected(native.swiglu(x, scores, w_gate_up, w_down, sizes, _tokens(p, active)), p, active)
 
 
-def _native_swiglu_forward(x, scores, w_gate_up, w_down, sizes):
-    gate_up = checkpoint_name(native.grouped_product("forward", x, w_gate_up, sizes), "products")
-    return native.gated(gate_up, scores, w_down, sizes), (x, scores, gate_up, w_gate_up, w_down, sizes)
+def _native_swiglu_forward(x, scores, w_gate_up, w_down, sizes, p, active):
+    gate_up = native.grouped_product("forward", x, w_gate_up, sizes, _tokens(p, active))
+    gate_up = checkpoint_name(gate_up, "products")
+    y = _collected(native.gated(gate_up, scores, w_down, sizes), p, active)
+    return y, (x, scores, gate_up, w_gate_up, w_down, sizes, p)
 
 
-def _native_swiglu_backward(residuals, d_y):
-    x, scores, gate_up, w_gate_up, w_down, sizes = residuals
-    return *native.swiglu_gradients(x, scores, gate_up, w_gate_up, w_down, d_y, sizes), None
+def _native_swiglu_backward(active, residuals, d_y):
+    x, scores, gate_up, w_gate_up, w_down, sizes, p = residuals
+    inputs = x, scores, gate_up, w_gate_up, w_down, d_y, sizes, _tokens(p, active)
+    d_x, *others = native.swiglu_gradients(*inputs)
+    return _collected(d_x, p, active), *others, None, None
 
 
 _native_swiglu.defvjp(_native_swiglu_forward, _native_swiglu_backward)
+
+
+def _tokens(p: Plan | None, active: int) -> Array | None:
+    return None if p is None else p.order // active
+
+
+def _collected(rows, p: Plan | None, active: int):
+    return rows if p is None else collect(rows, p, active)
 
 
 # native, tokamax and megablox: kernels

@@ -1,6 +1,8 @@
 // Products of rows with the matrices of their experts: rows are sorted by expert, sizes[e] of them belong to expert e.
-// Rows past the sum of the sizes belong to none; they come out as zeros.
+// Rows past the sum of the sizes belong to none; they come out as zeros. Where `tokens` is not empty, the inputs lie in the
+// order of the tokens, and sorted row r is a copy of row tokens[r].
 
+#include <limits>
 #include <vector>
 
 #include "matmul.h"
@@ -36,21 +38,35 @@ std::vector<Group> groups(const Counts& sizes, int64_t most) {
   return all;
 }
 
+void scale(const float* x, int64_t count, float by, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] = by * x[i];
+}
+
 void clear_unowned(const std::vector<Group>& all, Result& y) {
   const int64_t owned = all.empty() ? 0 : all.back().first + all.back().rows;
   const int64_t width = y->dimensions()[1];
   std::fill(y->typed_data() + owned * width, y->typed_data() + y->element_count(), 0.0f);
 }
 
-// y = x W: x [R, I], w [E, I, O], y [R, O]
-ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats w, Counts sizes, Result y) {
+// Rows [first, first + count) of `a` sorted by expert; gathered, they are copied to `room`.
+const float* sorted_rows(const Floats& a, const Counts& tokens, int64_t first, int64_t count, float* room) {
+  const int64_t width = a.dimensions()[1];
+  if (tokens.element_count() == 0) return a.typed_data() + first * width;
+  for (int64_t r = 0; r < count; ++r)
+    std::copy_n(a.typed_data() + tokens.typed_data()[first + r] * width, width, room + r * width);
+  return room;
+}
+
+// y = x W: x [R or tokens, I], w [E, I, O], y [R, O]
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats w, Counts sizes, Counts tokens, Result y) {
   const int64_t I = w.dimensions()[1], O = w.dimensions()[2];
   const auto all = groups(sizes, kRows);
   clear_unowned(all, y);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, first, count] = all[i];
-    matmul(count, O, I, rows(x.typed_data() + first * I, I), rows(w.typed_data() + e * I * O, O),
-           y->typed_data() + first * O, O, scratch<0>(I * kPanel));
+    const float* x_rows = sorted_rows(x, tokens, first, count, scratch<1>(kRows * I));
+    matmul(count, O, I, rows(x_rows, I), rows(w.typed_data() + e * I * O, O), y->typed_data() + first * O, O,
+           scratch<0>(I * kPanel));
   });
   return ffi::Error::Success();
 }
@@ -69,15 +85,61 @@ ffi::Error inputs_gradient(ffi::ThreadPool pool, Floats d_y, Floats w, Counts si
 }
 
 // d_w = x^T d_y: x [R, I], d_y [R, O], d_w [E, I, O]; each thread computes some rows of one expert's matrix
-ffi::Error weights_gradient(ffi::ThreadPool pool, Floats x, Floats d_y, Counts sizes, Result d_w) {
+void add_up_weights(ffi::ThreadPool& pool, const float* x, const float* d_y, const Counts& sizes, Result& d_w) {
   const int64_t I = d_w->dimensions()[1], O = d_w->dimensions()[2], parts = (I + kRows - 1) / kRows;
-  const auto all = groups(sizes, x.dimensions()[0] + 1);
+  const auto all = groups(sizes, std::numeric_limits<int64_t>::max());
   share_out(pool, all.size() * parts, [&](int64_t i) {
     const auto [e, first, count] = all[i / parts];
     const int64_t row = i % parts * kRows;
-    matmul(std::min(kRows, I - row), O, count, transposed(x.typed_data() + first * I + row, I),
-           rows(d_y.typed_data() + first * O, O), d_w->typed_data() + (e * I + row) * O, O, scratch<0>(count * kPanel));
+    matmul(std::min(kRows, I - row), O, count, transposed(x + first * I + row, I), rows(d_y + first * O, O),
+           d_w->typed_data() + (e * I + row) * O, O, scratch<0>(count * kPanel));
   });
+}
+
+ffi::Error weights_gradient(ffi::ThreadPool pool, Floats x, Floats d_y, Counts sizes, Result d_w) {
+  add_up_weights(pool, x.typed_data(), d_y.typed_data(), sizes, d_w);
+  return ffi::Error::Success();
+}
+
+// One linear expert for each token, weighted by its score, in the order of the tokens:
+// y[t] = scores[t] x[t] W: x [T, I], scores [T], w [E, I, O], y [T, O]
+ffi::Error linear(ffi::ThreadPool pool, Floats x, Floats scores, Floats w, Counts sizes, Counts tokens, Result y) {
+  const int64_t I = w.dimensions()[1], O = w.dimensions()[2];
+  const auto all = groups(sizes, kRows);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, first, count] = all[i];
+    float* products = scratch<2>(kRows * O);
+    const float* x_rows = sorted_rows(x, tokens, first, count, scratch<1>(kRows * I));
+    matmul(count, O, I, rows(x_rows, I), rows(w.typed_data() + e * I * O, O), products, O, scratch<0>(I * kPanel));
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t t = tokens.typed_data()[first + r];
+      scale(products + r * O, O, scores.typed_data()[t], y->typed_data() + t * O);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The gradients of `linear`; that of a score is x[t] . (d_y[t] W^T).
+ffi::Error linear_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats w, Floats d_y, Counts sizes,
+                            Counts tokens, Result d_x, Result d_scores, Result d_w) {
+  const int64_t T = tokens.element_count(), I = w.dimensions()[1], O = w.dimensions()[2];
+  float *x_sorted = scratch<4>(T * I), *d_sorted = scratch<5>(T * O);  // of this thread, filled by all
+  const auto all = groups(sizes, kRows);
+  share_out(pool, all.size(), [&](int64_t i) {
+    const auto [e, first, count] = all[i];
+    float* d_rows = scratch<1>(kRows * I);
+    sorted_rows(d_y, tokens, first, count, d_sorted + first * O);
+    matmul(count, I, O, rows(d_sorted + first * O, O), transposed(w.typed_data() + e * I * O, O), d_rows, I,
+           scratch<0>(O * kPanel));
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t t = tokens.typed_data()[first + r];
+      const float* row = x.typed_data() + t * I;
+      d_scores->typed_data()[t] = dot(row, d_rows + r * I, I);
+      scale(d_rows + r * I, I, scores.typed_data()[t], d_x->typed_data() + t * I);
+      scale(row, I, scores.typed_data()[t], x_sorted + (first + r) * I);
+    }
+  });
+  add_up_weights(pool, x_sorted, d_sorted, sizes, d_w);
   return ffi::Error::Success();
 }
 
@@ -117,9 +179,10 @@ void gate_gradient(int64_t count, int64_t F, const float* d_h, const float* scor
   }
 }
 
-// y = (score * silu(x W_gate) * (x W_up)) W_down: x [R, D], scores [R, 1], w_gate_up [E, D, 2F], w_down [E, F, D], y [R, D]
+// y = (score * silu(x W_gate) * (x W_up)) W_down:
+// x [R or tokens, D], scores [R, 1], w_gate_up [E, D, 2F], w_down [E, F, D], y [R, D]
 ffi::Error swiglu(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_up, Floats w_down, Counts sizes,
-                  Result y) {
+                  Counts tokens, Result y) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
   const auto all = groups(sizes, kRows);
   clear_unowned(all, y);
@@ -128,7 +191,8 @@ ffi::Error swiglu(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_u
     float* panel = scratch<0>(std::max(D, F) * kPanel);
     float* gate_up = scratch<1>(kRows * 2 * F);
     float* h = scratch<2>(kRows * F);
-    matmul(count, 2 * F, D, rows(x.typed_data() + first * D, D), rows(w_gate_up.typed_data() + e * D * 2 * F, 2 * F),
+    const float* x_rows = sorted_rows(x, tokens, first, count, scratch<3>(kRows * D));
+    matmul(count, 2 * F, D, rows(x_rows, D), rows(w_gate_up.typed_data() + e * D * 2 * F, 2 * F),
            gate_up, 2 * F, panel);
     gate(count, F, gate_up, scores.typed_data() + first, h);
     matmul(count, D, F, rows(h, F), rows(w_down.typed_data() + e * F * D, D), y->typed_data() + first * D, D, panel);
@@ -150,12 +214,12 @@ ffi::Error gated(ffi::ThreadPool pool, Floats gate_up, Floats scores, Floats w_d
   return ffi::Error::Success();
 }
 
-// All gradients of `swiglu` from d_y [R, D] and gate_up [R, 2F].
+// All gradients of `swiglu` from d_y [R or tokens, D] and gate_up [R, 2F]; d_x [R, D].
 ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats gate_up, Floats w_gate_up,
-                            Floats w_down, Floats d_y, Counts sizes, Result d_x, Result d_scores, Result d_w_gate_up,
-                            Result d_w_down) {
+                            Floats w_down, Floats d_y, Counts sizes, Counts tokens, Result d_x, Result d_scores,
+                            Result d_w_gate_up, Result d_w_down) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
-  const auto all = groups(sizes, x.dimensions()[0] + 1);
+  const auto all = groups(sizes, std::numeric_limits<int64_t>::max());
   clear_unowned(all, d_x);
   clear_unowned(all, d_scores);
   share_out(pool, all.size(), [&](int64_t i) {
@@ -166,7 +230,8 @@ ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Float
     float *d_into = d_w_gate_up->typed_data() + e * D * 2 * F, *d_out_of = d_w_down->typed_data() + e * F * D;
     for (int64_t done = 0; done == 0 || done < total; done += kRows) {
       const int64_t first = begin + done, count = std::min(kRows, total - done);
-      const float *x_rows = x.typed_data() + first * D, *d_rows = d_y.typed_data() + first * D;
+      const float* x_rows = sorted_rows(x, tokens, first, count, scratch<4>(kRows * D));
+      const float* d_rows = sorted_rows(d_y, tokens, first, count, scratch<5>(kRows * D));
       const float *inner = gate_up.typed_data() + first * 2 * F, *score = scores.typed_data() + first;
       gate(count, F, inner, score, h);
       matmul(F, D, count, transposed(h, F), rows(d_rows, D), d_out_of, D, panel, done > 0);
@@ -182,42 +247,19 @@ ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Float
 }  // namespace
 }  // namespace dreamer
 
-using Pool = ffi::ThreadPool;
+// clang-format off
+#define F .Arg<Floats>()
+#define C .Arg<Counts>()
+#define R .Ret<Floats>()
+#define KERNEL(name, function, signature) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, dreamer::function, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() signature)
+// clang-format on
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_forward, dreamer::forward,
-                              ffi::Ffi::Bind().Ctx<Pool>().Arg<Floats>().Arg<Floats>().Arg<Counts>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_inputs_gradient, dreamer::inputs_gradient,
-                              ffi::Ffi::Bind().Ctx<Pool>().Arg<Floats>().Arg<Floats>().Arg<Counts>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_weights_gradient, dreamer::weights_gradient,
-                              ffi::Ffi::Bind().Ctx<Pool>().Arg<Floats>().Arg<Floats>().Arg<Counts>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_swiglu, dreamer::swiglu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Counts>()
-                                  .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gated, dreamer::gated,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Counts>()
-                                  .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_swiglu_gradients, dreamer::swiglu_gradients,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Counts>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>());
+KERNEL(grouped_forward, forward, F F C C R);
+KERNEL(grouped_inputs_gradient, inputs_gradient, F F C R);
+KERNEL(grouped_weights_gradient, weights_gradient, F F C R);
+KERNEL(grouped_linear, linear, F F F C C R);
+KERNEL(grouped_linear_gradients, linear_gradients, F F F F C C R R R);
+KERNEL(grouped_swiglu, swiglu, F F F F C C R);
+KERNEL(grouped_gated, gated, F F F C R);
+KERNEL(grouped_swiglu_gradients, swiglu_gradients, F F F F F F C C R R R R);

@@ -20,7 +20,11 @@ def computes(dtype: DTypeLike) -> bool:
 
 
 def grouped_product(
-    product: Literal["forward", "d_x", "d_w"], a: Float[Array, "R I"], b: Float[Array, "..."], sizes: Int[Array, "E"]
+    product: Literal["forward", "d_x", "d_w"],
+    a: Float[Array, "rows I"],
+    b: Float[Array, "..."],
+    sizes: Int[Array, "E"],
+    tokens: Int[Array, "R"] | None = None,
 ) -> Float[Array, "..."]:
     """One of the products of a linear map of every expert (grouped.cc); rows of no expert come out as zeros.
 
@@ -30,25 +34,56 @@ def grouped_product(
         a: rows sorted by expert.
         b: the experts' matrices, or for d_w rows.
         sizes: rows of each expert, int32.
+        tokens: with "forward", sorted row r is a copy of row tokens[r] of `a`.
     """
     match product:
         case "forward":
-            return _call("grouped_forward", [(a.shape[0], b.shape[2])], a, b, sizes)[0]
+            count = a.shape[0] if tokens is None else tokens.size
+            return _call("grouped_forward", [(count, b.shape[2])], a, b, sizes, _or_none(tokens))[0]
         case "d_x":
             return _call("grouped_inputs_gradient", [(a.shape[0], b.shape[1])], a, b, sizes)[0]
         case "d_w":
             return _call("grouped_weights_gradient", [(sizes.shape[0], a.shape[1], b.shape[1])], a, b, sizes)[0]
 
 
+def linear(
+    x: Float[Array, "tokens I"],
+    scores: Float[Array, "tokens"],
+    w: Float[Array, "E I O"],
+    sizes: Int[Array, "E"],
+    order: Int[Array, "tokens"],
+) -> Float[Array, "tokens O"]:
+    """Weighted linear experts, one for each token: score * (x W). `order` lists the tokens sorted by expert."""
+    return _call("grouped_linear", [(x.shape[0], w.shape[2])], x, scores, w, sizes, order)[0]
+
+
+def linear_gradients(
+    x: Float[Array, "tokens I"],
+    scores: Float[Array, "tokens"],
+    w: Float[Array, "E I O"],
+    d_y: Float[Array, "tokens O"],
+    sizes: Int[Array, "E"],
+    order: Int[Array, "tokens"],
+) -> Sequence[Array]:
+    """The gradients of `linear` for x, scores and w."""
+    shapes = [a.shape for a in (x, scores, w)]
+    return _call("grouped_linear_gradients", shapes, x, scores, w, d_y, sizes, order)
+
+
 def swiglu(
-    x: Float[Array, "R D"],
+    x: Float[Array, "rows D"],
     scores: Float[Array, "R 1"],
     w_gate_up: Float[Array, "E D G"],
     w_down: Float[Array, "E F D"],
     sizes: Int[Array, "E"],
+    tokens: Int[Array, "R"] | None = None,
 ) -> Float[Array, "R D"]:
-    """Send every row through its expert: (score * silu(x W_gate) * (x W_up)) W_down."""
-    return _call("grouped_swiglu", [x.shape], x, scores, w_gate_up, w_down, sizes)[0]
+    """Send every row through its expert: (score * silu(x W_gate) * (x W_up)) W_down.
+
+    Rows are sorted by expert; with `tokens`, sorted row r is a copy of row tokens[r] of x.
+    """
+    shape = scores.shape[0], x.shape[1]
+    return _call("grouped_swiglu", [shape], x, scores, w_gate_up, w_down, sizes, _or_none(tokens))[0]
 
 
 def gated(
@@ -59,17 +94,26 @@ def gated(
 
 
 def swiglu_gradients(
-    x: Float[Array, "R D"],
+    x: Float[Array, "rows D"],
     scores: Float[Array, "R 1"],
     gate_up: Float[Array, "R G"],
     w_gate_up: Float[Array, "E D G"],
     w_down: Float[Array, "E F D"],
-    d_y: Float[Array, "R D"],
+    d_y: Float[Array, "rows D"],
     sizes: Int[Array, "E"],
+    tokens: Int[Array, "R"] | None = None,
 ) -> Sequence[Array]:
-    """The gradients of `swiglu` for x, scores, w_gate_up and w_down, from its gate_up = x [W_gate W_up]."""
-    shapes = [a.shape for a in (x, scores, w_gate_up, w_down)]
-    return _call("grouped_swiglu_gradients", shapes, x, scores, gate_up, w_gate_up, w_down, d_y, sizes)
+    """The gradients of `swiglu` for x (one for each sorted row), scores, w_gate_up and w_down.
+
+    gate_up is x [W_gate W_up]; with `tokens`, d_y lies in the order of x, too.
+    """
+    shapes = [(scores.shape[0], x.shape[1]), *(a.shape for a in (scores, w_gate_up, w_down))]
+    inputs = x, scores, gate_up, w_gate_up, w_down, d_y, sizes, _or_none(tokens)
+    return _call("grouped_swiglu_gradients", shapes, *inputs)
+
+
+def _or_none(tokens: Int[Array, "R"] | None) -> Int[Array, "R"]:
+    return jnp.zeros(0, jnp.int32) if tokens is None else tokens
 
 
 def attend(

@@ -27,6 +27,8 @@ FUNCTIONS = (
     "grouped_forward",
     "grouped_inputs_gradient",
     "grouped_weights_gradient",
+    "grouped_linear",
+    "grouped_linear_gradients",
     "grouped_swiglu",
     "grouped_gated",
     "grouped_swiglu_gradients",
