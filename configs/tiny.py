@@ -54,6 +54,6 @@ def get_config() -> Config:
         ),
         # A short run at a high rate: the router biases must keep up with the router.
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, gradient_clip=1.0, expert_bias_rate=3e-2),
-        train=TrainConfig(steps=240, batch=4, dtype="float32", remat="selective", validate_every=80),
+        train=TrainConfig(steps=240, batch=4, dtype="float32", remat="products", validate_every=80),
         checkpoint=CheckpointConfig(every=80),
     )

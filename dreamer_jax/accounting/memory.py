@@ -93,16 +93,17 @@ def training_memory(config: Config, mesh: Mapping[str, int] = SINGLE, platform: 
     head_gradient = FLOAT * head + (size * head if size < FLOAT else 0)
 
     tokens = tokens_per_device(config, mesh)
-    activations = model.depth * tokens * saved_bytes(model, size, config.train.remat)
+    native = platform == "cpu" and size == FLOAT
+    activations = model.depth * tokens * saved_bytes(model, size, config.train.remat, native=native)
     cache = model.depth * tokens * 2 * size * _da_cache(model)
     # A CPU computes in float32 whatever the compute type.
     inner = FLOAT if platform == "cpu" else size
-    native = platform == "cpu" and size == FLOAT
-    rows = (1 if native else 1 + _routed(model)) * model.active_experts * model.width * inner
+    # Native kernels need no sorted rows, and EA's residuals are gone before those of attention are made again.
+    rows = (-1 if native else 1 + _routed(model)) * model.active_experts * model.width * inner
     if platform != "cpu":  # kernels hold the inner activations of all rows: gate and up, their product, all gradients
         slots = EXCHANGE_SLACK if mesh["expert"] > 1 else 1
         rows += slots * model.active_experts * 6 * _kernel_width(model) * size
-    depth = tokens * (saved_bytes(model, inner, "none") + rows)
+    depth = tokens * (saved_bytes(model, inner, "none", native=native) + rows)
     exchange = _exchange_bytes(model, tokens, size) if mesh["expert"] > 1 else 0
     in_layer = size * weight_gradients + depth + exchange
     chunk = min(tokens, max(64, LOGIT_CHUNK // (FLOAT * model.vocab)))
@@ -142,11 +143,12 @@ def weights_at_work(model: ModelConfig, mesh: Mapping[str, int] = SINGLE, platfo
     return rest + count.ea_router + layers * experts
 
 
-def saved_bytes(model: ModelConfig, size: int, remat: str) -> int:
+def saved_bytes(model: ModelConfig, size: int, remat: str, *, native: bool = False) -> int:
     """Bytes that one depth keeps of one token for its backward pass, with numbers of `size` bytes.
 
-    "full": the residual stream and the routing. "selective": also SA's output and log-sum-exp. "none": everything;
-    counted on the residuals of `jax.vjp` (tests/accounting/test_memory.py).
+    "full": the residual stream and the routing. "selective": also SA's output and log-sum-exp. "products": also what
+    matrix products gave. "none": everything; counted on the residuals of `jax.vjp` (tests/accounting/test_memory.py).
+    `native`: with the kernels for CPUs, which keep no sorted copies.
     """
     recurrent, depth_attention = int(model.depth_recurrent), int(model.depth_attention)
     routers = recurrent * (1 + depth_attention)
@@ -154,16 +156,23 @@ def saved_bytes(model: ModelConfig, size: int, remat: str) -> int:
     stream, sa = size * model.width, model.query_heads * model.head_size
     if remat == "full":
         return stream + decisions
+    selective = stream + decisions + size * sa + FLOAT * model.query_heads
     if remat == "selective":
-        return stream + decisions + size * sa + FLOAT * model.query_heads
+        return selective
     kv, da_kv = model.kv_heads * model.head_size, _da_cache(model) // 2
     da = depth_attention * model.da_heads * model.da_head_size
+    if remat == "products":
+        projections = sa + 2 * kv + da + 2 * da_kv + (1 + depth_attention) * model.width
+        experts = 2 * model.active_experts * model.expert_width
+        return selective + size * (projections + experts) + FLOAT * (1 + routers) * model.router_size
     # Norms, RoPE and routers compute in float32, and keep it.
     in_float = (6 + 3 * recurrent + 3 * depth_attention) * model.width + 3 * (sa + kv + da + da_kv)
     in_float += 5 * (1 + routers) * model.router_size + depth_attention * model.depth * model.da_heads
-    rows = 2 + depth_attention + 3 * recurrent * (1 + depth_attention) + model.active_experts
+    copies = 1 if native else 2
+    rows = copies + (copies - 1) * depth_attention + (1 + copies) * recurrent * (1 + depth_attention)
     in_type = rows * model.width + 3 * sa + 2 * (kv + da + da_kv)
-    in_type += recurrent * 2 * (sa + kv + da + da_kv)
+    in_type += recurrent * copies * (sa + kv + da + da_kv)
+    in_type += model.active_experts * (2 * model.expert_width if native else model.width)
     return FLOAT * in_float + size * in_type + decisions
 
 

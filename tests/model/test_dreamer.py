@@ -13,6 +13,7 @@ from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.dreamer import Compute, Dreamer
 from dreamer_jax.model.parameters import taken_apart
 from tests import oracle
+from tests.native import needs_compiler
 
 SMALL = ModelConfig(
     depth=3, width=32, vocab=61, query_heads=4, kv_heads=2, head_size=8, da_heads=2, da_kv_heads=1, da_head_size=8,
@@ -115,14 +116,14 @@ def test_biases_after_one_update_equal_the_oracles(compared):
         np.testing.assert_allclose(actual.biases[name], bias, rtol=0, atol=1e-7, err_msg=name)
 
 
-def gradient_program(remat: str) -> str:
+def gradient_program(remat: str, matmul: str = "blocks") -> str:
     """StableHLO of the gradient of DR+DA's head input."""
     config = config_of("DR+DA", "attention_parallel")
     graph, params, biases = taken_apart(Dreamer(config, nnx.Rngs(0)))
     batch = [jnp.asarray(a) for a in packed_batch(config.vocab)]
 
     def total(params):
-        hidden, _, _ = nnx.merge(graph, params, biases)(*batch, Compute(remat=remat))
+        hidden, _, _ = nnx.merge(graph, params, biases)(*batch, Compute(remat=remat, matmul=matmul))
         return jnp.sum(hidden**2)
 
     return jax.jit(jax.grad(total)).lower(params).as_text()
@@ -130,7 +131,7 @@ def gradient_program(remat: str) -> str:
 
 def test_no_remat_policy_routes_or_sorts_a_second_time():
     once = gradient_program("none")
-    for remat in ("full", "selective"):
+    for remat in ("full", "selective", "products"):
         text = gradient_program(remat)
         for operation in ("top_k", "stablehlo.sort"):
             assert text.count(operation) == once.count(operation) > 0, (remat, operation)
@@ -141,3 +142,14 @@ def test_selective_remat_does_not_attend_a_second_time():
         remat: gradient_program(remat).count("stablehlo.dot_general") for remat in ("none", "selective", "full")
     }
     assert products["none"] < products["selective"] < products["full"]
+
+
+@needs_compiler
+def test_products_remat_multiplies_no_experts_a_second_time():
+    """Nor projects: what is left to recompute are a few products inside of attention over depths and routing."""
+    programs = {remat: gradient_program(remat, "native") for remat in ("none", "products", "selective")}
+    for kernel in ("dreamer_grouped_forward", "dreamer_grouped_linear("):
+        count = {remat: text.count(f"@{kernel}") for remat, text in programs.items()}
+        assert 0 < count["none"] == count["products"] < count["selective"], (kernel, count)
+    products = {remat: text.count("stablehlo.dot_general") for remat, text in programs.items()}
+    assert products["none"] <= products["products"] < products["selective"]

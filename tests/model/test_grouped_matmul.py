@@ -7,7 +7,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dreamer_jax.model import grouped_matmul as grouped
-from dreamer_jax.model.grouped_matmul import collect, dispatch, grouped_matmul, grouped_swiglu, plan, sort, unsort
+from dreamer_jax.model.grouped_matmul import (
+    collect,
+    dispatch,
+    grouped_matmul,
+    grouped_swiglu,
+    plan,
+    routed_swiglu,
+    sort,
+    unsort,
+)
 from tests.native import BACKENDS, needs_compiler
 
 D, F = 16, 8
@@ -256,6 +265,30 @@ def test_combining_bfloat16_rows_sums_in_float32_and_returns_bfloat16():
     (d_x,) = jax.vjp(lambda x: dispatch(x, p, 5), out)[1](y)
     assert d_x.dtype == jnp.bfloat16
     assert d_x[0, 0] == 260
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_through_their_experts_and_back_equal_every_token_by_itself(backend):
+    rng = np.random.default_rng(0)
+    T, E, A = 230, 7, 3
+    ids = jnp.asarray(np.argsort(rng.random((T, E)), axis=1)[:, :A] % (E - 1), jnp.int32)  # nobody wants the last one
+    x, d_y = (jnp.asarray(rng.normal(size=(T, D)), jnp.float32) for _ in range(2))
+    _, _, w_gate_up, w_down, _, _ = experts([1] * E)
+    scores = jnp.asarray(rng.uniform(0.1, 1, size=(T, A)), jnp.float32)
+
+    def literal(x, scores, w_gate_up, w_down):
+        gate, up = jnp.split(jnp.einsum("td,tadf->taf", x, w_gate_up[ids], precision="highest"), 2, -1)
+        each = jnp.einsum("taf,tafd->tad", jax.nn.silu(gate) * up, w_down[ids], precision="highest")
+        return jnp.sum(scores[..., None] * each, axis=1)
+
+    def ours(*arrays):
+        return routed_swiglu(*arrays, plan(ids, E), backend=backend)
+
+    def results(f):
+        y, vjp = jax.vjp(f, x, scores, w_gate_up, w_down)
+        return y, *vjp(d_y)
+
+    assert_near(jax.jit(partial(results, ours))(), results(literal), 3e-6)
 
 
 def depth_loop(x, w_gate_up, w_down, scores, ids, backend):

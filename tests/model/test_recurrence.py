@@ -63,7 +63,7 @@ def check_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "selective"])
+@pytest.mark.parametrize("remat", ["none", "products", "selective", "full"])
 @pytest.mark.parametrize("depth", [1, 5])
 def test_gradients_equal_the_unrolled_loops(remat, depth):
     actual = gradients(functools.partial(scanned, remat=remat), depth)
@@ -83,7 +83,7 @@ def test_temporary_memory_is_linear_in_depth(remat):
     assert temporary_bytes(128) < 2.1 * temporary_bytes(64)
 
 
-@pytest.mark.parametrize("remat", ["full", "selective"])
+@pytest.mark.parametrize("remat", ["full", "selective", "products"])
 def test_routing_is_decided_once_under_remat(remat):
     shared, stacked, constants, x = inputs(4)
 
