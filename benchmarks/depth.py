@@ -46,7 +46,7 @@ def plain_scan(checkpointed: bool):
         def step(carry, inputs):
             x, cache = carry
             l, own = inputs
-            x, new, aux = run(shared, own, constants, x, cache, l)
+            x, new, aux, _ = run(shared, own, constants, x, cache, l)
             return (x, recurrence._put(cache, new, l)), aux
 
         cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
@@ -61,7 +61,7 @@ def unrolled(body, shared, stacked, constants, x, entry, *, depth, remat):
     auxs = []
     for l in range(depth):
         own = jax.tree.map(lambda a, l=l: a[l], stacked)
-        x, new, aux = body(shared, own, constants, x, cache, jnp.asarray(l))
+        x, new, aux, _ = body(shared, own, constants, x, cache, jnp.asarray(l))
         cache = recurrence._put(cache, new, jnp.asarray(l))
         auxs.append(aux)
     return x, jax.tree.map(lambda *a: jnp.stack(a), *auxs)

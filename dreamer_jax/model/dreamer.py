@@ -218,8 +218,11 @@ def _depth_step(
     y: Float[Array, "B T D"],
     cache: DepthCache | None,
     l: Int[Array, ""],
-) -> tuple[Float[Array, "B T D"], DepthCache | None, Any]:
-    """One depth of training, y_{l-1} to y_l: packed attention, figures, and on request the capture."""
+) -> tuple[Float[Array, "B T D"], DepthCache | None, Any, dict[str, Any]]:
+    """One depth of training, y_{l-1} to y_l: packed attention, figures, and on request the capture.
+
+    The shared weights come back as the layer hands them on.
+    """
     biases, rotation, segment_ids = constants
     x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
@@ -231,7 +234,8 @@ def _depth_step(
     output = layer(x, l, rotation, counted, cache, attend_packed, compute.matmul, compute.exchange)
     aux: tuple[Any, ...] = _figures(output, counted)
     aux = (*aux, (x, _by_kind(output), output.depth_attention) if capture else None)
-    return output.y, output.entry, lax.stop_gradient(aux)
+    passed_on = {**shared, "layer": taken_apart(layer)[1]} if config.depth_recurrent else shared
+    return output.y, output.entry, lax.stop_gradient(aux), passed_on
 
 
 def _by_kind(output: LayerOutput) -> dict[str, Routing]:

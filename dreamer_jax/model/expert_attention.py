@@ -54,7 +54,9 @@ class ExpertAttention(nnx.Module):
         order = checkpoint_name(plan(routing.ids, self.config.experts), "routing")
         experts = self.w_gate_up[...], self.w_down[...]
         if exchange is None:
-            y = routed_swiglu(rows, weights, *experts, order, backend=backend)
+            y, *handed_on = routed_swiglu(rows, weights, *experts, order, backend=backend)
+            for param, w in zip((self.w_gate_up, self.w_down), handed_on, strict=True):
+                param.set_value(w)
         else:
             active = self.config.active_experts
             inputs = dispatch(rows, order, active), sort(weights.reshape(-1, 1), order), *experts, order.sizes

@@ -197,7 +197,7 @@ def grouped_swiglu(
     if backend in ("native", "blocks"):
         x, scores, w_gate_up, w_down, sizes = vary_together(x, scores, w_gate_up, w_down, sizes)
     if backend == "native":
-        return _native_swiglu(x, scores, w_gate_up, w_down, sizes, None, 0)
+        return _native_swiglu(x, scores, w_gate_up, w_down, sizes, None, 0)[0]
     if backend == "blocks":
         return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), (x, scores), (w_gate_up, w_down), sizes)
     # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
@@ -217,15 +217,19 @@ def routed_swiglu(
     p: Plan,
     *,
     backend: Backend,
-) -> Float[Array, "tokens D"]:
-    """Send every token through the SwiGLUs of its A experts, weighted, and add up: dispatch, experts, collect."""
+) -> tuple[Float[Array, "tokens D"], Float[Array, "E D G"], Float[Array, "E F D"]]:
+    """Send every token through the SwiGLUs of its A experts, weighted, and add up: dispatch, experts, collect.
+
+    The experts' weights come back unchanged. Where the caller uses these from now on, `native` adds its gradient of
+    them to that of later uses, in place (recurrence.py).
+    """
     active, scores = scores.shape[1], sort(scores.reshape(-1, 1), p)
     if backend == "native":  # its kernels gather the tokens themselves
         inputs = vary_together(x, scores, w_gate_up, w_down, *p)
         with jax.named_scope("experts"):
             return _native_swiglu(*inputs[:4], inputs[-1], Plan(*inputs[4:]), active)
     rows = grouped_swiglu(dispatch(x, p, active), scores, w_gate_up, w_down, p.sizes, backend=backend)
-    return collect(rows, p, active)
+    return collect(rows, p, active), w_gate_up, w_down
 
 
 def _matmul(x, w):
@@ -374,20 +378,22 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _native_swiglu(x, scores, w_gate_up, w_down, sizes, p, active):
-    """Sorted rows to sorted rows; or with their plan `p`, tokens to tokens."""
-    return _collected(native.swiglu(x, scores, w_gate_up, w_down, sizes, _tokens(p, active)), p, active)
+    """Sorted rows to sorted rows; or with their plan `p`, tokens to tokens. And the weights, handed on."""
+    y = native.swiglu(x, scores, w_gate_up, w_down, sizes, _tokens(p, active))
+    return _collected(y, p, active), w_gate_up, w_down
 
 
 def _native_swiglu_forward(x, scores, w_gate_up, w_down, sizes, p, active):
     gate_up = native.grouped_product("forward", x, w_gate_up, sizes, _tokens(p, active))
     gate_up = checkpoint_name(gate_up, "products")
     y = _collected(native.gated(gate_up, scores, w_down, sizes), p, active)
-    return y, (x, scores, gate_up, w_gate_up, w_down, sizes, p)
+    return (y, w_gate_up, w_down), (x, scores, gate_up, w_gate_up, w_down, sizes, p)
 
 
-def _native_swiglu_backward(active, residuals, d_y):
+def _native_swiglu_backward(active, residuals, cotangents):
     x, scores, gate_up, w_gate_up, w_down, sizes, p = residuals
-    inputs = x, scores, gate_up, w_gate_up, w_down, d_y, sizes, _tokens(p, active)
+    d_y, *d_weights = cotangents
+    inputs = x, scores, gate_up, w_gate_up, w_down, d_y, *d_weights, sizes, _tokens(p, active)
     d_x, *others = native.swiglu_gradients(*inputs)
     return _collected(d_x, p, active), *others, None, None
 

@@ -98,7 +98,9 @@ def _project(
     routing, order = selection
     score, merged = routing.scores[:, 0], shared if shared is None else shared[...]
     if backend == "native":
-        return checkpoint_name(_native_linear(*_together(x, score, w[...], merged, order)), "products")
+        y, passed_on = _native_linear(*_together(x, score, w[...], merged, order))
+        w.set_value(passed_on)  # its gradient, that of later depths, is added to in place (recurrence.py)
+        return checkpoint_name(y, "products")
     y = unsort(grouped_matmul(dispatch(x, order, 1), w[...], order.sizes, backend=backend), order)
     y = checkpoint_name(y, "products")
     return _scale(y, score) if merged is None else scale_by_score(y, score, x, merged)
@@ -139,16 +141,17 @@ scale_by_score.defvjp(_scale_forward, _scale_backward)
 
 @jax.custom_vjp
 def _native_linear(x, score, w, shared, order):
-    return native.linear(x, score, w, order.sizes, order.order)
+    return native.linear(x, score, w, order.sizes, order.order), w
 
 
 def _native_linear_forward(x, score, w, shared, order):
     return _native_linear(x, score, w, shared, order), (x, score, w, shared, order)
 
 
-def _native_linear_backward(residuals, d_y):
+def _native_linear_backward(residuals, cotangents):
     x, score, w, shared, order = residuals
-    d_x, d_score, d_w = native.linear_gradients(x, score, w, d_y, order.sizes, order.order)
+    d_y, d_w = cotangents
+    d_x, d_score, d_w = native.linear_gradients(x, score, w, d_y, d_w, order.sizes, order.order)
     if shared is None:
         return d_x, d_score, d_w, None, None
     return d_x, d_score - jnp.sum(d_y * (x @ shared), axis=-1), d_w, jnp.zeros_like(shared), None

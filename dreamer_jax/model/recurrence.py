@@ -16,8 +16,12 @@ from jaxtyping import PyTree
 
 Remat = Literal["none", "full", "selective", "products"]
 
-Body = Callable[[PyTree, PyTree, PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree, PyTree]]
-"""body(shared, own, constants, x, cache, l) -> (x of the next depth, cache entry of depth l, aux)."""
+Body = Callable[[PyTree, PyTree, PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree, PyTree, PyTree]]
+"""body(shared, own, constants, x, cache, l) -> (x of the next depth, cache entry of depth l, aux, shared).
+
+The shared weights come back unchanged. Through them the gradient of later depths reaches an operation that hands its
+weights on, which can add its own to that in place.
+"""
 
 
 def depth_scan(
@@ -54,7 +58,7 @@ def depth_scan(
         def step(carry: Any, inputs: Any) -> Any:
             x, cache = carry
             l, own = inputs
-            x, entry, aux = body(shared, own, constants, x, cache, l)
+            x, entry, aux, _ = body(shared, own, constants, x, cache, l)
             return (x, _put(cache, entry, l)), aux
 
         (x, _), aux = lax.scan(step, (x, empty), (indices, stacked))
@@ -66,10 +70,10 @@ def depth_scan(
             l, own = inputs
 
             def at_depth(*args: Any) -> Any:
-                x, entry, aux = run(*args, l)
-                return (x, entry), aux
+                x, entry, aux, passed_on = run(*args, l)
+                return (x, entry, passed_on), aux
 
-            (x, entry), vjp, aux = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)
+            (x, entry, _), vjp, aux = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)
             return (x, _put(cache, entry, l)), (aux, _without_common_arguments(vjp))
 
         (x, cache), (aux, vjps) = lax.scan(step, (x, empty), (indices, stacked))
@@ -82,8 +86,8 @@ def depth_scan(
             d_shared, dx, d_cache = carry
             l, own, vjp = inputs
             vjp = _with_common_arguments(vjp, shared, own, constants, cache)
-            g_shared, g_own, _, dx, g_cache = vjp((dx, _take(d_cache, l)))
-            return (_add(d_shared, g_shared), dx, _add(d_cache, g_cache)), g_own
+            d_shared, g_own, _, dx, g_cache = vjp((dx, _take(d_cache, l), d_shared))
+            return (d_shared, dx, _add(d_cache, g_cache)), g_own
 
         start = (jax.tree.map(jnp.zeros_like, shared), cotangents[0], jax.tree.map(jnp.zeros_like, cache))
         (d_shared, dx, _), d_stacked = lax.scan(step, start, (indices, stacked, vjps), reverse=True)

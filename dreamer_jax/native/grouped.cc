@@ -84,20 +84,21 @@ ffi::Error inputs_gradient(ffi::ThreadPool pool, Floats d_y, Floats w, Counts si
   return ffi::Error::Success();
 }
 
-// d_w = x^T d_y: x [R, I], d_y [R, O], d_w [E, I, O]; each thread computes some rows of one expert's matrix
-void add_up_weights(ffi::ThreadPool& pool, const float* x, const float* d_y, const Counts& sizes, Result& d_w) {
+// d_w = or += x^T d_y: x [R, I], d_y [R, O], d_w [E, I, O]; each thread computes some rows of one expert's matrix
+void multiply_weights(ffi::ThreadPool& pool, const float* x, const float* d_y, const Counts& sizes, bool add, Result& d_w) {
   const int64_t I = d_w->dimensions()[1], O = d_w->dimensions()[2], parts = (I + kRows - 1) / kRows;
   const auto all = groups(sizes, std::numeric_limits<int64_t>::max());
   share_out(pool, all.size() * parts, [&](int64_t i) {
     const auto [e, first, count] = all[i / parts];
     const int64_t row = i % parts * kRows;
+    if (add && count == 0) return;
     matmul(std::min(kRows, I - row), O, count, transposed(x + first * I + row, I), rows(d_y + first * O, O),
-           d_w->typed_data() + (e * I + row) * O, O, scratch<0>(count * kPanel));
+           d_w->typed_data() + (e * I + row) * O, O, scratch<0>(count * kPanel), add);
   });
 }
 
 ffi::Error weights_gradient(ffi::ThreadPool pool, Floats x, Floats d_y, Counts sizes, Result d_w) {
-  add_up_weights(pool, x.typed_data(), d_y.typed_data(), sizes, d_w);
+  multiply_weights(pool, x.typed_data(), d_y.typed_data(), sizes, false, d_w);
   return ffi::Error::Success();
 }
 
@@ -119,8 +120,8 @@ ffi::Error linear(ffi::ThreadPool pool, Floats x, Floats scores, Floats w, Count
   return ffi::Error::Success();
 }
 
-// The gradients of `linear`; that of a score is x[t] . (d_y[t] W^T).
-ffi::Error linear_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats w, Floats d_y, Counts sizes,
+// The gradients of `linear`; that of a score is x[t] . (d_y[t] W^T), that of w is added to what d_w holds.
+ffi::Error linear_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats w, Floats d_y, Floats, Counts sizes,
                             Counts tokens, Result d_x, Result d_scores, Result d_w) {
   const int64_t T = tokens.element_count(), I = w.dimensions()[1], O = w.dimensions()[2];
   float *x_sorted = scratch<4>(T * I), *d_sorted = scratch<5>(T * O);  // of this thread, filled by all
@@ -139,7 +140,7 @@ ffi::Error linear_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Float
       scale(row, I, scores.typed_data()[t], x_sorted + (first + r) * I);
     }
   });
-  add_up_weights(pool, x_sorted, d_sorted, sizes, d_w);
+  multiply_weights(pool, x_sorted, d_sorted, sizes, true, d_w);
   return ffi::Error::Success();
 }
 
@@ -214,10 +215,11 @@ ffi::Error gated(ffi::ThreadPool pool, Floats gate_up, Floats scores, Floats w_d
   return ffi::Error::Success();
 }
 
-// All gradients of `swiglu` from d_y [R or tokens, D] and gate_up [R, 2F]; d_x [R, D].
+// All gradients of `swiglu` from d_y [R or tokens, D] and gate_up [R, 2F]; d_x [R, D]. Those of the weights are added to
+// what their results hold.
 ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Floats gate_up, Floats w_gate_up,
-                            Floats w_down, Floats d_y, Counts sizes, Counts tokens, Result d_x, Result d_scores,
-                            Result d_w_gate_up, Result d_w_down) {
+                            Floats w_down, Floats d_y, Floats, Floats, Counts sizes, Counts tokens, Result d_x,
+                            Result d_scores, Result d_w_gate_up, Result d_w_down) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
   const auto all = groups(sizes, std::numeric_limits<int64_t>::max());
   clear_unowned(all, d_x);
@@ -228,16 +230,16 @@ ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Float
     float *d_h = scratch<2>(kRows * F), *d_gate_up = scratch<3>(kRows * 2 * F);
     const float *into = w_gate_up.typed_data() + e * D * 2 * F, *out_of = w_down.typed_data() + e * F * D;
     float *d_into = d_w_gate_up->typed_data() + e * D * 2 * F, *d_out_of = d_w_down->typed_data() + e * F * D;
-    for (int64_t done = 0; done == 0 || done < total; done += kRows) {
+    for (int64_t done = 0; done < total; done += kRows) {
       const int64_t first = begin + done, count = std::min(kRows, total - done);
       const float* x_rows = sorted_rows(x, tokens, first, count, scratch<4>(kRows * D));
       const float* d_rows = sorted_rows(d_y, tokens, first, count, scratch<5>(kRows * D));
       const float *inner = gate_up.typed_data() + first * 2 * F, *score = scores.typed_data() + first;
       gate(count, F, inner, score, h);
-      matmul(F, D, count, transposed(h, F), rows(d_rows, D), d_out_of, D, panel, done > 0);
+      matmul(F, D, count, transposed(h, F), rows(d_rows, D), d_out_of, D, panel, true);
       matmul(count, F, D, rows(d_rows, D), transposed(out_of, D), d_h, F, panel);
       gate_gradient(count, F, d_h, score, inner, d_gate_up, d_scores->typed_data() + first);
-      matmul(D, 2 * F, count, transposed(x_rows, D), rows(d_gate_up, 2 * F), d_into, 2 * F, panel, done > 0);
+      matmul(D, 2 * F, count, transposed(x_rows, D), rows(d_gate_up, 2 * F), d_into, 2 * F, panel, true);
       matmul(count, D, 2 * F, rows(d_gate_up, 2 * F), transposed(into, 2 * F), d_x->typed_data() + first * D, D, panel);
     }
   });
@@ -259,7 +261,7 @@ KERNEL(grouped_forward, forward, F F C C R);
 KERNEL(grouped_inputs_gradient, inputs_gradient, F F C R);
 KERNEL(grouped_weights_gradient, weights_gradient, F F C R);
 KERNEL(grouped_linear, linear, F F F C C R);
-KERNEL(grouped_linear_gradients, linear_gradients, F F F F C C R R R);
+KERNEL(grouped_linear_gradients, linear_gradients, F F F F F C C R R R);
 KERNEL(grouped_swiglu, swiglu, F F F F C C R);
 KERNEL(grouped_gated, gated, F F F C R);
-KERNEL(grouped_swiglu_gradients, swiglu_gradients, F F F F F F C C R R R R);
+KERNEL(grouped_swiglu_gradients, swiglu_gradients, F F F F F F F F C C R R R R);

@@ -62,12 +62,13 @@ def linear_gradients(
     scores: Float[Array, "tokens"],
     w: Float[Array, "E I O"],
     d_y: Float[Array, "tokens O"],
+    d_w: Float[Array, "E I O"],
     sizes: Int[Array, "E"],
     order: Int[Array, "tokens"],
 ) -> Sequence[Array]:
-    """The gradients of `linear` for x, scores and w."""
+    """The gradients of `linear` for x, scores and w; that of w is added to `d_w`, whose memory it takes over."""
     shapes = [a.shape for a in (x, scores, w)]
-    return _call("grouped_linear_gradients", shapes, x, scores, w, d_y, sizes, order)
+    return _call("grouped_linear_gradients", shapes, x, scores, w, d_y, d_w, sizes, order, in_place={4: 2})
 
 
 def swiglu(
@@ -100,16 +101,19 @@ def swiglu_gradients(
     w_gate_up: Float[Array, "E D G"],
     w_down: Float[Array, "E F D"],
     d_y: Float[Array, "rows D"],
+    d_w_gate_up: Float[Array, "E D G"],
+    d_w_down: Float[Array, "E F D"],
     sizes: Int[Array, "E"],
     tokens: Int[Array, "R"] | None = None,
 ) -> Sequence[Array]:
     """The gradients of `swiglu` for x (one for each sorted row), scores, w_gate_up and w_down.
 
-    gate_up is x [W_gate W_up]; with `tokens`, d_y lies in the order of x, too.
+    gate_up is x [W_gate W_up]; with `tokens`, d_y lies in the order of x, too. Those of the weights are added to
+    `d_w_gate_up` and `d_w_down`, whose memory they take over.
     """
     shapes = [(scores.shape[0], x.shape[1]), *(a.shape for a in (scores, w_gate_up, w_down))]
-    inputs = x, scores, gate_up, w_gate_up, w_down, d_y, sizes, _or_none(tokens)
-    return _call("grouped_swiglu_gradients", shapes, *inputs)
+    inputs = x, scores, gate_up, w_gate_up, w_down, d_y, d_w_gate_up, d_w_down, sizes, _or_none(tokens)
+    return _call("grouped_swiglu_gradients", shapes, *inputs, in_place={6: 2, 7: 3})
 
 
 def _or_none(tokens: Int[Array, "R"] | None) -> Int[Array, "R"]:
@@ -172,9 +176,13 @@ def norm_and_rotate_gradients(
 
 
 def _call(
-    function: str, shapes: Sequence[tuple[int, ...]], *arrays: Array, **attributes: np.float32
+    function: str,
+    shapes: Sequence[tuple[int, ...]],
+    *arrays: Array,
+    in_place: dict[int, int] | None = None,
+    **attributes: np.float32,
 ) -> Sequence[Array]:
-    """Call a kernel, whose results are float32.
+    """Call a kernel, whose results are float32; `in_place` gives the arrays whose memory results take over.
 
     Raises:
         ImportError: there are no native kernels here.
@@ -187,7 +195,7 @@ def _call(
             raise TypeError(f"the native kernels compute in float32, not in {array.dtype}: use backend 'blocks'")
     arrays = tuple(vary_together(*arrays))
     results = [_result(shape, arrays[0]) for shape in shapes]
-    return jax.ffi.ffi_call(f"dreamer_{function}", results)(*arrays, **attributes)
+    return jax.ffi.ffi_call(f"dreamer_{function}", results, input_output_aliases=in_place)(*arrays, **attributes)
 
 
 def _result(shape: tuple[int, ...], like: Array) -> jax.ShapeDtypeStruct:

@@ -83,8 +83,8 @@ def residual_bytes(model: ModelConfig, remat: str, dtype: str) -> int:
         cache = jax.tree.map(lambda e: jnp.stack([e] * model.depth), depth_entry(model, x))
 
         def at_depth(*args: object) -> object:
-            x, entry, aux = body(*args, jnp.int32(1))
-            return (x, entry), aux
+            x, entry, aux, passed_on = body(*args, jnp.int32(1))
+            return (x, entry, passed_on), aux
 
         constants = biases, sequence_rotation(tokens, model.head_size, model.rope_base), tokens + 1
         _, vjp, _ = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)

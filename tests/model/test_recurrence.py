@@ -14,6 +14,20 @@ from dreamer_jax.model.recurrence import depth_scan
 B, T, D, H = 2, 8, 16, 4
 
 
+@jax.custom_vjp
+def hand_on(x, w):
+    """A product that hands its weights on, so that it can add its gradient of them to that of later depths."""
+    return x @ w, w
+
+
+def hand_on_backward(residuals, cotangents):
+    (x, w), (d_y, d_w) = residuals, cotangents
+    return d_y @ w.T, d_w + jnp.einsum("bti,bto->io", x, d_y)
+
+
+hand_on.defvjp(lambda x, w: (hand_on(x, w), (x, w)), hand_on_backward)
+
+
 def body(shared, own, constants, x, cache, l):
     """A small layer that attends over its earlier depths, routes, and uses shared and own weights and constants."""
     scale = own["scale"][None, None, :]
@@ -26,15 +40,16 @@ def body(shared, own, constants, x, cache, l):
     attended = jnp.sum(weights[:-1, ..., None] * cache[1], axis=0) + weights[-1, ..., None] * v
     choice = checkpoint_name(jax.lax.top_k(h + constants["bias"][None, None, :], 2)[1], "routing")
     gated = jnp.sum(jnp.take_along_axis(h, choice, axis=-1), axis=-1, keepdims=True)
-    y = x + checkpoint_name(attended @ shared["w_out"], "attention") * gated
-    return y, (k, v), {"choice": choice, "square": jnp.sum(y**2)}
+    out, w_out = hand_on(attended, shared["w_out"])
+    y = x + checkpoint_name(out, "attention") * gated
+    return y, (k, v), {"choice": choice, "square": jnp.sum(y**2)}, shared | {"w_out": w_out}
 
 
 def unrolled(shared, stacked, constants, x, depth):
     cache = tuple(jnp.zeros((depth, B, T, H)) for _ in range(2))
     for l in range(depth):
         own = jax.tree.map(lambda a, l=l: a[l], stacked)
-        x, entry, _ = body(shared, own, constants, x, cache, jnp.asarray(l))
+        x, entry, *_ = body(shared, own, constants, x, cache, jnp.asarray(l))
         cache = tuple(c.at[l].set(e) for c, e in zip(cache, entry, strict=True))
     return x
 
