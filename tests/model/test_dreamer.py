@@ -1,6 +1,7 @@
 """The whole model against the float64 oracle, by the exchange format's names."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,26 @@ def test_selective_remat_does_not_attend_a_second_time():
         remat: gradient_program(remat).count("stablehlo.dot_general") for remat in ("none", "selective", "full")
     }
     assert products["none"] < products["selective"] < products["full"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("variant", "remat"), [("DR+DA", "products"), ("LA", "selective")])
+def test_native_kernels_give_the_gradients_of_plain_jax_through_all_depths(variant, remat):
+    config = config_of(variant, "attention_parallel")
+    graph, params, biases = taken_apart(Dreamer(config, nnx.Rngs(0)))
+    batch = [jnp.asarray(a) for a in packed_batch(config.vocab)]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(params, compute):
+        def total(params):
+            return jnp.sum(nnx.merge(graph, params, biases)(*batch, compute)[0] ** 3)
+
+        return jax.grad(total)(params)
+
+    native = gradients(params, Compute(remat=remat, attention="native", matmul="native"))
+    plain = gradients(params, Compute(remat=remat, attention="blocks", matmul="blocks"))
+    for got, want in zip(jax.tree.leaves(native), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
 
 
 @needs_compiler
