@@ -188,10 +188,14 @@ def depth_entry(config: ModelConfig, x: Float[Array, "B T D"]) -> DepthCache | N
 def layer_at(
     config: ModelConfig, graph: Any, shared: dict[str, Any], own: dict[str, Any], biases: nnx.State, l: Array
 ) -> Layer:
-    """The layer of depth l: the one layer of DR, or the l-th of LA with its own router biases."""
+    """The layer of depth l: the one layer of DR, or the l-th of LA with its own router biases.
+
+    With parameters of its own, which may hand weights on in a loop around which the model's belong.
+    """
     if config.depth_recurrent:
-        return nnx.merge(graph, shared["layer"], biases)
-    return nnx.merge(graph, own["layer"], jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, l, 0, False), biases))
+        return nnx.merge(graph, shared["layer"], biases, copy=True)
+    at_depth = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, l, 0, False), biases)
+    return nnx.merge(graph, own["layer"], at_depth, copy=True)
 
 
 def layer_input(
