@@ -96,14 +96,14 @@ def _project(
     if selection is None:
         return checkpoint_name(x @ w[...], "products")
     routing, order = selection
-    score, merged = routing.scores[:, 0], shared if shared is None else shared[...]
+    score, common = routing.scores[:, 0], None if shared is None else shared[...]
     if backend == "native":
-        y, passed_on = _native_linear(*_together(x, score, w[...], merged, order))
+        y, passed_on = _native_linear(*_together(x, score, w[...], common, order))
         w.set_value(passed_on)  # its gradient, that of later depths, is added to in place (recurrence.py)
         return checkpoint_name(y, "products")
     y = unsort(grouped_matmul(dispatch(x, order, 1), w[...], order.sizes, backend=backend), order)
     y = checkpoint_name(y, "products")
-    return _scale(y, score) if merged is None else scale_by_score(y, score, x, merged)
+    return _scale(y, score) if common is None else scale_by_score(y, score, x, common)
 
 
 def _scale(y: Float[Array, "tokens O"], score: Float[Array, "tokens"]) -> Float[Array, "tokens O"]:
