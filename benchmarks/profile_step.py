@@ -27,6 +27,7 @@ from sizes import SIZES, VARIANTS, configs, learned_rows
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import Config
+from dreamer_jax.native.memory import restart_with_huge_pages
 
 PARTS = (
     "projections",
@@ -210,4 +211,5 @@ def heaviest(seconds: dict[str, float], names: dict[str, str], count: int) -> li
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

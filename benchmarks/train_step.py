@@ -29,6 +29,8 @@ from pathlib import Path
 from contestant import Contestant
 from sizes import SIZES
 
+from dreamer_jax.native.memory import with_huge_pages
+
 HERE = Path(__file__).resolve().parent
 OURS = ("LA", "DR", "DR+DA")
 PEERS = ("Qwen3Moe", "Glm4Moe")
@@ -93,7 +95,8 @@ def start(label: str, spec: dict) -> Contestant | None:
     """The process, warm; None, with a word on why, if it cannot run here."""
     print(f"{label}: starting", file=sys.stderr, flush=True)
     script = HERE / ("ours.py" if spec["name"] in OURS else "peer.py")
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # As the trainer runs; for the peers too, which gain less.
+    environment = with_huge_pages(os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     try:
         return Contestant([sys.executable, str(script)], spec, environment)
     except RuntimeError as error:

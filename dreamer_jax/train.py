@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dreamer_jax import config as configuration
 from dreamer_jax.config import Config, ConfigError
 from dreamer_jax.distributed import joined
+from dreamer_jax.native.memory import restart_with_huge_pages
 
 if TYPE_CHECKING:
     from dreamer_jax.training.loop import Summary
@@ -100,4 +101,5 @@ def _ours(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

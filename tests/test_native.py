@@ -9,6 +9,7 @@ import pytest
 
 from dreamer_jax.model import attend, grouped_matmul
 from dreamer_jax.native import kernels, library
+from dreamer_jax.native.memory import with_huge_pages
 from tests.native import needs_compiler
 
 
@@ -63,3 +64,23 @@ def test_arrays_of_another_type_are_an_error_that_names_the_backend_to_use():
         kernels.grouped_product(
             "forward", jnp.ones((3, 4), jnp.bfloat16), jnp.ones((1, 4, 5)), jnp.array([3], jnp.int32)
         )
+
+
+def test_a_process_starts_again_in_its_place_with_huge_pages_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys; from dreamer_jax.native.memory import restart_with_huge_pages\n"
+        "print('begun', flush=True); restart_with_huge_pages()\n"
+        "print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)\n"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=0"}
+    command = [sys.executable, "-O", str(script), "--name", "a run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    output = process.communicate(timeout=60)[0].splitlines()
+    tunables = "glibc.malloc.perturb=0:glibc.malloc.hugetlb=1"
+    assert output == ["begun", "begun", f"{process.pid} {tunables} ['--name', 'a run'] 1"]
+
+
+def test_who_has_decided_about_huge_pages_is_left_alone():
+    assert with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}) == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    assert with_huge_pages({"PATH": "/bin"}) == {"PATH": "/bin", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
