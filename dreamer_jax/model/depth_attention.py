@@ -51,7 +51,7 @@ class DepthAttention(nnx.Module):
         """
         config, epsilon, projections = self.config, self.config.norm_epsilon, self.projections
         x = rms_norm(x, self.norm[...], epsilon)
-        selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
+        selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1), backend)
         q, k, v = projections.qkv(x, selection, backend)
         rotation = depth_rotation(l, config.depth, config.da_head_size, config.depth_rope_base)
         q, k = (

@@ -49,9 +49,9 @@ class ExpertAttention(nnx.Module):
         With an exchange, the weights at hand are those of this device's part of the experts.
         """
         rows = rms_norm(x, self.norm[...], self.config.norm_epsilon).reshape(-1, x.shape[-1])
-        routing = self.router(rows, l, counted.reshape(-1), self.config.active_experts)
+        routing = self.router(rows, l, counted.reshape(-1), self.config.active_experts, backend)
         weights = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
-        order = checkpoint_name(plan(routing.ids, self.config.experts), "routing")
+        order = checkpoint_name(plan(routing.ids, self.config.experts, native_kernel=backend == "native"), "routing")
         experts = self.w_gate_up[...], self.w_down[...]
         if exchange is None:
             y, *handed_on = routed_swiglu(rows, weights, *experts, order, backend=backend)

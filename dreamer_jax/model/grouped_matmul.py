@@ -52,19 +52,30 @@ class Plan(NamedTuple):
 
 
 @jax.named_scope("dispatch")
-def plan(ids: Int[Array, "tokens A"], experts: int) -> Plan:
+def plan(ids: Int[Array, "tokens A"], experts: int, *, native_kernel: bool = False) -> Plan:
     """Sort the tokens' choices of experts, stably.
 
     Args:
         ids: expert of each choice, in [0, experts).
         experts: E.
+        native_kernel: count them with the CPU's kernel instead.
     """
+    if native_kernel:
+        return _native_plan(ids, experts)
     flat = ids.reshape(-1).astype(jnp.int32)
     choices = jnp.zeros_like(flat) + jnp.arange(flat.size, dtype=jnp.int32)
     ranked, order = lax.sort((flat, choices), num_keys=1, is_stable=True)
     inverse = jnp.zeros_like(order).at[order].set(choices, unique_indices=True, mode="promise_in_bounds")
     ends = jnp.searchsorted(ranked, jnp.arange(experts, dtype=jnp.int32), side="right").astype(jnp.int32)
     return Plan(order, inverse, jnp.diff(ends, prepend=jnp.zeros_like(ends[:1])))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _native_plan(ids, experts):
+    return Plan(*native.plan(ids, experts))
+
+
+_native_plan.defvjp(lambda ids, experts: (_native_plan(ids, experts), None), lambda experts, _, d: (None,))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -405,8 +416,9 @@ def _tokens(p: Plan | None, active: int) -> Array | None:
     return None if p is None else p.order // active
 
 
+@jax.named_scope("combine")
 def _collected(rows, p: Plan | None, active: int):
-    return rows if p is None else collect(rows, p, active)
+    return rows if p is None else native.collect(rows, p.inverse, active)
 
 
 # native, tokamax and megablox: kernels

@@ -63,13 +63,14 @@ class Projections(nnx.Module):
             shared.set_value(lax.stop_gradient(shared[...]))
 
     def select(
-        self, x: Float[Array, "tokens D"], l: Int[Array, ""], counted: Bool[Array, "tokens"]
+        self, x: Float[Array, "tokens D"], l: Int[Array, ""], counted: Bool[Array, "tokens"], backend: Backend
     ) -> Selection | None:
         """The top-1 expert of each token; None for dense projections."""
         if self.router is None:
             return None
-        routing = self.router(x, l, counted, active=1)
-        return Selection(routing, checkpoint_name(plan(routing.ids, self.router.bias.shape[-1]), "routing"))
+        routing = self.router(x, l, counted, 1, backend)
+        order = plan(routing.ids, self.router.bias.shape[-1], native_kernel=backend == "native")
+        return Selection(routing, checkpoint_name(order, "routing"))
 
     def qkv(
         self, x: Float[Array, "B T D"], selection: Selection | None, backend: Backend

@@ -1,5 +1,6 @@
 """Routing of EA and of the attention MoEs: attention over learned expert keys, sparse by top-k (3.5, Eq. 2 and 3)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,9 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.config import ModelConfig
+from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import RouterBias, RouterKeys, Stack, input_std, matrix, norm
-from dreamer_jax.model.rope import depth_rotation, rotate
+from dreamer_jax.model.rope import depth_rotation, norm_and_rotate
+from dreamer_jax.native import kernels as native
+from dreamer_jax.sharding import vary_together
 
 
 class Routing(NamedTuple):
@@ -42,17 +46,6 @@ class Router(nnx.Module):
         self.k_norm = norm(stack, size)
         self.bias = RouterBias(jnp.zeros((*stack, experts), jnp.float32), axes=("depth",) * len(stack) + ("norm",))
 
-    def logits(self, x: Float[Array, "tokens D"], l: Int[Array, ""]) -> Float[Array, "tokens E"]:
-        """Scaled dot products of rotated queries with unrotated keys, float32."""
-        size, epsilon = self.config.router_size, self.config.norm_epsilon
-        query = jnp.matmul(x, self.w_q[...], preferred_element_type=jnp.float32)
-        query = checkpoint_name(query, "products")
-        query = rms_norm(query, self.q_norm[...], epsilon)
-        query = rotate(query, depth_rotation(l, self.config.depth, size, self.config.depth_rope_base))
-        keys = rms_norm(self.keys[...], self.k_norm[...], epsilon)
-        # Full float32 on every platform: the order of near-equal logits decides who is selected.
-        return jnp.einsum("tr,er->te", query, keys, precision=lax.Precision.HIGHEST) / size**0.5
-
     @jax.named_scope("router")
     def __call__(
         self,
@@ -60,17 +53,66 @@ class Router(nnx.Module):
         l: Int[Array, ""],
         counted: Bool[Array, "tokens"],
         active: int,
+        backend: Backend,
     ) -> Routing:
-        """Select `active` experts for each token by logit + bias (Eq. 2; ties go to the lower index).
+        """Select `active` experts for each token by logit + bias (Eq. 2; ties go to the lower index)."""
+        if backend == "native":
+            query, keys = self._query(x, l, native=True), self._keys()
+            found = _route(active, *vary_together(query, keys, self.bias[...], counted.astype(jnp.int32)))
+        else:
+            found = _select(self.logits(x, l), self.bias[...], counted, active)
+        ids, scores, counts, entropy = found
+        return Routing(ids, scores, counts, jnp.sum(entropy, where=counted))
 
-        The selection carries a checkpoint name, so that no remat policy ever decides it a second time.
-        """
-        logits = self.logits(x, l)
-        biased = lax.stop_gradient(logits) + self.bias[...][None, :]
-        ids = checkpoint_name(lax.top_k(biased, active)[1], "routing")
-        scores = jax.nn.sigmoid(jnp.take_along_axis(logits, ids, axis=-1))
-        counts = jnp.zeros_like(self.bias[...], jnp.int32).at[ids].add(counted[:, None].astype(jnp.int32))
-        return Routing(ids, scores, counts, jnp.sum(score_entropy(lax.stop_gradient(logits)), where=counted))
+    def logits(self, x: Float[Array, "tokens D"], l: Int[Array, ""]) -> Float[Array, "tokens E"]:
+        """Scaled dot products of rotated queries with unrotated keys, float32."""
+        query, keys = self._query(x, l, native=False), self._keys()
+        # Full float32 on every platform: the order of near-equal logits decides who is selected.
+        return jnp.einsum("tr,er->te", query, keys, precision=lax.Precision.HIGHEST) / keys.shape[1] ** 0.5
+
+    def _query(self, x: Float[Array, "tokens D"], l: Int[Array, ""], *, native: bool) -> Float[Array, "tokens R"]:
+        """Normed and turned to the depth, float32."""
+        config = self.config
+        query = jnp.matmul(x, self.w_q[...], preferred_element_type=jnp.float32)
+        query = checkpoint_name(query, "products")[None, :, None, :]
+        rotation = depth_rotation(l, config.depth, config.router_size, config.depth_rope_base)
+        return norm_and_rotate(query, self.q_norm[...], config.norm_epsilon, rotation, native=native)[0, :, 0]
+
+    def _keys(self) -> Float[Array, "E R"]:
+        return rms_norm(self.keys[...], self.k_norm[...], self.config.norm_epsilon)
+
+
+def _select(logits, bias, counted, active):
+    """Select: ids and scores [tokens, A], counts [E], entropy [tokens].
+
+    The selection carries a checkpoint name, so that no remat policy ever decides it a second time.
+    """
+    ids = checkpoint_name(lax.top_k(lax.stop_gradient(logits) + bias[None, :], active)[1], "routing")
+    scores = jax.nn.sigmoid(jnp.take_along_axis(logits, ids, axis=-1))
+    counts = jnp.zeros_like(bias, jnp.int32).at[ids].add(counted[:, None].astype(jnp.int32))
+    return ids, scores, counts, score_entropy(lax.stop_gradient(logits))
+
+
+# The same from queries and keys in one call of the CPU's kernel, whose gradient touches the selected experts only.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _route(active, query, keys, bias, counted):
+    return tuple(native.route(query, keys, bias, counted, active))
+
+
+def _route_forward(active, query, keys, bias, counted):
+    ids, scores, counts, entropy = _route(active, query, keys, bias, counted)
+    ids, scores = checkpoint_name((ids, scores), "routing")
+    return (ids, scores, counts, entropy), (query, keys, ids, scores)
+
+
+def _route_backward(active, residuals, cotangents):
+    query, keys, ids, scores = residuals
+    return *native.route_gradients(query, keys, ids, scores, cotangents[1]), None, None
+
+
+_route.defvjp(_route_forward, _route_backward)
 
 
 def score_entropy(logits: Float[Array, "tokens E"]) -> Float[Array, "tokens"]:

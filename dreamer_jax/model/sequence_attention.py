@@ -42,7 +42,7 @@ class SequenceAttention(nnx.Module):
         """The residual update, what `attend` keeps, and the routing (None with dense projections)."""
         epsilon, projections = self.config.norm_epsilon, self.projections
         x = rms_norm(x, self.norm[...], epsilon)
-        selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1))
+        selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1), backend)
         q, k, v = projections.qkv(x, selection, backend)
         q, k = (
             norm_and_rotate(x, weight[...], epsilon, rotation, native=backend == "native")

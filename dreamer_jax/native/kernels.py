@@ -116,8 +116,48 @@ def swiglu_gradients(
     return _call("grouped_swiglu_gradients", shapes, *inputs, in_place={6: 2, 7: 3})
 
 
+def collect(rows: Float[Array, "R D"], inverse: Int[Array, "R"], active: int) -> Float[Array, "tokens D"]:
+    """The sum of each token's rows; flat choice c of `active` for each token is found in row inverse[c]."""
+    return _call("grouped_collect", [(inverse.size // active, rows.shape[1])], rows, inverse)[0]
+
+
 def _or_none(tokens: Int[Array, "R"] | None) -> Int[Array, "R"]:
     return jnp.zeros(0, jnp.int32) if tokens is None else tokens
+
+
+def route(
+    query: Float[Array, "tokens R"],
+    keys: Float[Array, "E R"],
+    bias: Float[Array, "E"],
+    counted: Int[Array, "tokens"],
+    active: int,
+) -> Sequence[Array]:
+    """The experts that query . key / sqrt(R) + bias selects, best first.
+
+    Returns:
+        ids [tokens, A] int32, their scores (sigmoid without bias) [tokens, A], the selections of each expert by tokens
+        whose `counted` is 1 [E] int32, and the entropy of each token's normalised scores over all experts [tokens].
+    """
+    ids = jax.ShapeDtypeStruct((query.shape[0], active), jnp.int32)
+    counts = jax.ShapeDtypeStruct(bias.shape, jnp.int32)
+    return _call("route", [ids, ids.shape, counts, query.shape[:1]], query, keys, bias, counted)
+
+
+def route_gradients(
+    query: Float[Array, "tokens R"],
+    keys: Float[Array, "E R"],
+    ids: Int[Array, "tokens A"],
+    scores: Float[Array, "tokens A"],
+    d_scores: Float[Array, "tokens A"],
+) -> Sequence[Array]:
+    """The gradients of the scores of `route` for query and keys."""
+    return _call("route_gradients", [query.shape, keys.shape], query, keys, ids, scores, d_scores)
+
+
+def plan(ids: Int[Array, "tokens A"], experts: int) -> Sequence[Array]:
+    """Choices sorted by expert, stably: order [tokens A], its inverse, and the choices of each expert [E], int32."""
+    shapes = [(ids.size,), (ids.size,), (experts,)]
+    return _call("route_plan", [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes], ids)
 
 
 def attend(
@@ -177,12 +217,14 @@ def norm_and_rotate_gradients(
 
 def _call(
     function: str,
-    shapes: Sequence[tuple[int, ...]],
+    results: Sequence[tuple[int, ...] | jax.ShapeDtypeStruct],
     *arrays: Array,
     in_place: dict[int, int] | None = None,
     **attributes: np.float32,
 ) -> Sequence[Array]:
-    """Call a kernel, whose results are float32; `in_place` gives the arrays whose memory results take over.
+    """Call a kernel, whose results are float32 where only a shape is given.
+
+    `in_place` gives the arrays whose memory results take over.
 
     Raises:
         ImportError: there are no native kernels here.
@@ -194,15 +236,16 @@ def _call(
         if array.dtype not in (jnp.float32, jnp.int32):
             raise TypeError(f"the native kernels compute in float32, not in {array.dtype}: use backend 'blocks'")
     arrays = tuple(vary_together(*arrays))
-    results = [_result(shape, arrays[0]) for shape in shapes]
-    return jax.ffi.ffi_call(f"dreamer_{function}", results, input_output_aliases=in_place)(*arrays, **attributes)
+    types = [_result(result, arrays[0]) for result in results]
+    return jax.ffi.ffi_call(f"dreamer_{function}", types, input_output_aliases=in_place)(*arrays, **attributes)
 
 
-def _result(shape: tuple[int, ...], like: Array) -> jax.ShapeDtypeStruct:
-    """A float32 result that, inside shard_map, varies over the mesh axes of `like`."""
+def _result(result: tuple[int, ...] | jax.ShapeDtypeStruct, like: Array) -> jax.ShapeDtypeStruct:
+    """The type of a result that, inside shard_map, varies over the mesh axes of `like`."""
+    plain = jax.ShapeDtypeStruct(result, jnp.float32) if isinstance(result, tuple) else result
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.axis_names:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        return plain
     sharding = NamedSharding(mesh, PartitionSpec())
     varying = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding, manual_axis_type=varying)
+    return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding, manual_axis_type=varying)

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-SOURCES = ("grouped.cc", "attention.cc", "heads.cc")
+SOURCES = ("grouped.cc", "attention.cc", "heads.cc", "router.cc")
 HEADERS = ("matmul.h", "work.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread")
 FUNCTIONS = (
@@ -32,11 +32,15 @@ FUNCTIONS = (
     "grouped_swiglu",
     "grouped_gated",
     "grouped_swiglu_gradients",
+    "grouped_collect",
     "attend_forward",
     "attend_backward",
     "attend_cache",
     "heads_forward",
     "heads_backward",
+    "route",
+    "route_gradients",
+    "route_plan",
 )
 
 
