@@ -1,8 +1,7 @@
 """Huge pages for what the C library allocates.
 
-XLA allocates a program's temporaries anew for each call. Of hundreds of MiB, glibc gives every byte back to the system
-afterwards, and in pages of 4 KiB a training step on a CPU spends a tenth of its time on faults when it first writes
-them again, and more on looking their addresses up.
+XLA allocates a program's temporaries anew for each call. In pages of 4 KiB the faults of writing hundreds of MiB for
+the first time, at every step, took a tenth of the processor time of training on a CPU (docs/log.md).
 """
 
 import contextlib
