@@ -76,16 +76,57 @@ struct View {
 inline View rows(const float* p, int64_t stride) { return {p, stride, 1}; }
 inline View transposed(const float* p, int64_t stride) { return {p, 1, stride}; }
 
-// One tile: C[rows i, n columns] = or += A[i, :] B, where B is a packed panel.
-template <int... i>
+// A block of memory that will be needed soon, to be fetched into the second cache line by line: some lines at once would
+// stop the loads of what is needed now.
+struct Lines {
+  const char* start = nullptr;
+  int64_t stride = 0, rows = 0, width = 0, at = 0;  // in bytes, but for the rows
+
+  // Columns [first, first + kPanel) of a matrix of K rows and N columns.
+  static Lines of(View b, int64_t K, int64_t N, int64_t first) {
+    constexpr int64_t size = sizeof(float);
+    const int64_t n = std::min<int64_t>(kPanel, N - first);
+    if (n <= 0) return {};
+    const char* start = reinterpret_cast<const char*>(b.p + first * b.column);
+    return b.column == 1 ? Lines{start, b.row * size, K, n * size} : Lines{start, b.column * size, n, K * size};
+  }
+
+  void fetch_one() {
+    __builtin_prefetch(start + at, 0, 2);
+    if ((at += 64) < width) return;
+    at = 0;
+    start += stride;
+    --rows;
+  }
+};
+
+// What the next panel of a product reads, and where its result goes.
+struct Ahead {
+  Lines b, c;
+};
+
+// One tile: C[rows i, n columns] = or += A[i, :] B, where B is a packed panel. With `adjacent`, a.row is 1.
+template <bool adjacent, int... i>
 inline void multiply_tile(std::integer_sequence<int, i...>, int64_t K, View a, const float* panel, float* c, int64_t c_row,
-                          int n, bool add) {
+                          int n, bool add, Ahead& ahead) {
   Vec left[] = {(i, Vec{})...}, right[] = {(i, Vec{})...};
-  for (int64_t k = 0; k < K; ++k, panel += kPanel) {
+  const int64_t a_row = adjacent ? 1 : a.row;
+  int64_t k = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
     const Vec b_left = load(panel), b_right = load(panel + kLanes);
     const float* column = a.p + k * a.column;
-    ((left[i] += column[i * a.row] * b_left, right[i] += column[i * a.row] * b_right), ...);
-  }
+    ((left[i] += column[i * a_row] * b_left, right[i] += column[i * a_row] * b_right), ...);
+    ++k;
+    panel += kPanel;
+  };
+  const auto step_and_fetch = [&](Lines& wanted) __attribute__((always_inline)) {
+    Lines lines = wanted;
+    for (; k < K && lines.rows > 0; step()) lines.fetch_one();
+    wanted = lines;
+  };
+  step_and_fetch(ahead.b);
+  step_and_fetch(ahead.c);
+  while (k < K) step();
   if (n == kPanel) {
     if (add) ((left[i] += load(c + i * c_row), right[i] += load(c + i * c_row + kLanes)), ...);
     ((store(c + i * c_row, left[i]), store(c + i * c_row + kLanes, right[i])), ...);
@@ -98,11 +139,13 @@ inline void multiply_tile(std::integer_sequence<int, i...>, int64_t K, View a, c
 }
 
 // The last rows of a product, fewer than a full tile.
-template <int M>
-inline void multiply_rest(int m, int64_t K, View a, const float* panel, float* c, int64_t c_row, int n, bool add) {
+template <bool adjacent, int M>
+inline void multiply_rest(int m, int64_t K, View a, const float* panel, float* c, int64_t c_row, int n, bool add,
+                          Ahead& ahead) {
   if constexpr (M > 0) {
-    if (m == M) return multiply_tile(std::make_integer_sequence<int, M>(), K, a, panel, c, c_row, n, add);
-    multiply_rest<M - 1>(m, K, a, panel, c, c_row, n, add);
+    if (m == M)
+      return multiply_tile<adjacent>(std::make_integer_sequence<int, M>(), K, a, panel, c, c_row, n, add, ahead);
+    multiply_rest<adjacent, M - 1>(m, K, a, panel, c, c_row, n, add, ahead);
   }
 }
 
@@ -124,7 +167,7 @@ inline void transpose(Vec* v) {
 }
 
 // Columns [first, first + n) of B, K rows of them, each row filled up with zeros to kPanel numbers.
-inline void pack(View b, int64_t K, int64_t first, int n, float* panel) {
+__attribute__((noinline)) inline void pack(View b, int64_t K, int64_t first, int n, float* panel) {
   int64_t k = 0;
   if (n == kPanel && b.column == 1) {
     for (; k < K; ++k, panel += kPanel)
@@ -167,11 +210,13 @@ inline void matmul_thin(int64_t M, int64_t N, int64_t K, View a, const float* b,
 }
 
 // C's columns of one panel: C[M, n] = A[M, K] B[K, n], or += with `add`.
-inline void multiply_panel(int64_t M, int n, int64_t K, View a, const float* panel, float* c, int64_t c_row, bool add) {
+template <bool adjacent>
+__attribute__((always_inline)) inline void multiply_panel(int64_t M, int n, int64_t K, View a, const float* panel, float* c,
+                                                          int64_t c_row, bool add, Ahead ahead) {
   int64_t m = 0;
   for (; m + kTile <= M; m += kTile, a.p += kTile * a.row)
-    multiply_tile(std::make_integer_sequence<int, kTile>(), K, a, panel, c + m * c_row, c_row, n, add);
-  multiply_rest<kTile - 1>(M - m, K, a, panel, c + m * c_row, c_row, n, add);
+    multiply_tile<adjacent>(std::make_integer_sequence<int, kTile>(), K, a, panel, c + m * c_row, c_row, n, add, ahead);
+  multiply_rest<adjacent, kTile - 1>(M - m, K, a, panel, c + m * c_row, c_row, n, add, ahead);
 }
 
 // C[M, N] = A[M, K] B[K, N], or += with `add`. C's rows are contiguous; `panel` is scratch for K * kPanel numbers.
@@ -181,8 +226,11 @@ __attribute__((noinline)) inline void matmul(int64_t M, int64_t N, int64_t K, Vi
   if (M <= kTile && b.column == 1) return matmul_thin(M, N, K, a, b.p, b.row, c, c_row, add);
   for (int64_t first = 0; first < N; first += kPanel) {
     const int n = std::min<int64_t>(kPanel, N - first);
+    const int64_t next = first + kPanel;
+    const Ahead ahead{Lines::of(b, K, N, next), Lines::of(rows(c, c_row), M, N, next)};
     pack(b, K, first, n, panel);
-    multiply_panel(M, n, K, a, panel, c + first, c_row, add);
+    if (a.row == 1) multiply_panel<true>(M, n, K, a, panel, c + first, c_row, add, ahead);
+    else multiply_panel<false>(M, n, K, a, panel, c + first, c_row, add, ahead);
   }
 }
 
@@ -205,8 +253,12 @@ inline Packed packed(View b, int64_t K, int64_t N, float* panels) {
 }
 
 __attribute__((noinline)) inline void matmul(int64_t M, View a, Packed b, float* c, int64_t c_row, bool add = false) {
-  for (int64_t first = 0; first < b.N; first += kPanel)
-    multiply_panel(M, std::min<int64_t>(kPanel, b.N - first), b.K, a, b.panels + first * b.stride, c + first, c_row, add);
+  for (int64_t first = 0; first < b.N; first += kPanel) {
+    const int n = std::min<int64_t>(kPanel, b.N - first);
+    const float* panel = b.panels + first * b.stride;
+    if (a.row == 1) multiply_panel<true>(M, n, b.K, a, panel, c + first, c_row, add, {});
+    else multiply_panel<false>(M, n, b.K, a, panel, c + first, c_row, add, {});
+  }
 }
 
 }  // namespace dreamer
