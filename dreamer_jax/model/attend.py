@@ -348,17 +348,43 @@ def attend_depth(
     cached_k: Float[Array, "L B T K H"],
     cached_v: Float[Array, "L B T K H"],
     depth: Int[Array, ""],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N L"]]:
+    *,
+    native_kernel: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N L"], tuple[Array, Array, Array, Array]]:
     """Attention of one token over its own depths (Algorithm 1): the cached ones before `depth`, and (k, v) of `depth`.
 
     Rows >= depth of the cache are ignored, whatever finite values they hold. Also returns the float32 probabilities by
     depth: column `depth` is the token's own entry, the columns after it are zero. The cache is only read, never updated
     or cast here, so a loop over depths that keeps it differentiates in memory linear in L.
+
+    Last come k, v, cached_k and cached_v, unchanged. Where the caller uses these from now on, the CPU's kernel adds its
+    gradient of them to that of later uses, in place.
     """
+    if native_kernel:
+        out, p, *handed_on = _attend_depth_native(q, k, v, cached_k, cached_v, depth)
+        return out, p, tuple(handed_on)
     B, T, N, H = q.shape
     out, probabilities = _attend_depth(q.reshape(B, T, k.shape[2], -1, H), k, v, cached_k, cached_v, depth)
-    L = probabilities.shape[0]
-    return out.reshape(B, T, N, H), jnp.moveaxis(probabilities, 0, -1).reshape(B, T, N, L)
+    p = jnp.moveaxis(probabilities, 0, -1).reshape(B, T, N, probabilities.shape[0])
+    return out.reshape(B, T, N, H), p, (k, v, cached_k, cached_v)
+
+
+@jax.custom_vjp
+def _attend_depth_native(q, k, v, cached_k, cached_v, depth):
+    return *native.attend_depth(q, k, v, cached_k, cached_v, depth), cached_k, cached_v
+
+
+def _attend_depth_native_forward(*arrays):
+    out, *others = _attend_depth_native(*arrays)
+    # The backward pass makes the probabilities again: kept, they would grow with the square of the depth.
+    return (checkpoint_name(out, "attention"), *others), arrays
+
+
+def _attend_depth_native_backward(arrays, cotangents):
+    return *native.attend_depth_gradients(*arrays, *cotangents), None
+
+
+_attend_depth_native.defvjp(_attend_depth_native_forward, _attend_depth_native_backward)
 
 
 # Queries of one token are grouped by key/value head: q, out [B, T, K, G, H]; scores, probabilities p [L, B, T, K, G].

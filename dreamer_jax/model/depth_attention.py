@@ -44,8 +44,8 @@ class DepthAttention(nnx.Module):
         counted: Bool[Array, "B T"],
         cache: DepthCache,
         backend: Backend,
-    ) -> tuple[Float[Array, "B T D"], DepthCache, Float[Array, "B T N L"], Routing | None]:
-        """The residual update, this depth's cache entry, the attention over depths, and the routing.
+    ) -> tuple[Float[Array, "B T D"], DepthCache, DepthCache, Float[Array, "B T N L"], Routing | None]:
+        """The residual update, this depth's cache entry, the cache handed on, attention over depths, and the routing.
 
         Cache rows from `l` on are ignored: this depth's own entry is computed here.
         """
@@ -58,10 +58,12 @@ class DepthAttention(nnx.Module):
             norm_and_rotate(x, weight[...], epsilon, rotation, native=backend == "native")
             for x, weight in ((q, projections.q_norm), (k, projections.k_norm))
         )
-        o, attention = attend_depth(q, k, v, cache.k, cache.v, l)
+        native = backend == "native"
+        o, attention, (k, v, *handed_on) = attend_depth(q, k, v, cache.k, cache.v, l, native_kernel=native)
         return (
             projections.out(o, selection, backend),
             DepthCache(k, v),
+            DepthCache(*handed_on),
             attention,
             selection.routing if selection else None,
         )

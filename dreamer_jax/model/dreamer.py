@@ -222,10 +222,10 @@ def _depth_step(
     y: Float[Array, "B T D"],
     cache: DepthCache | None,
     l: Int[Array, ""],
-) -> tuple[Float[Array, "B T D"], DepthCache | None, Any, dict[str, Any]]:
+) -> tuple[Float[Array, "B T D"], DepthCache | None, Any, tuple[dict[str, Any], DepthCache | None]]:
     """One depth of training, y_{l-1} to y_l: packed attention, figures, and on request the capture.
 
-    The shared weights come back as the layer hands them on.
+    The shared weights and the cache come back as the layer hands them on.
     """
     biases, rotation, segment_ids = constants
     x = layer_input(config, shared, y, l)
@@ -238,8 +238,8 @@ def _depth_step(
     output = layer(x, l, rotation, counted, cache, attend_packed, compute.matmul, compute.exchange)
     aux: tuple[Any, ...] = _figures(output, counted)
     aux = (*aux, (x, _by_kind(output), output.depth_attention) if capture else None)
-    passed_on = {**shared, "layer": taken_apart(layer)[1]} if config.depth_recurrent else shared
-    return output.y, output.entry, lax.stop_gradient(aux), passed_on
+    weights = {**shared, "layer": taken_apart(layer)[1]} if config.depth_recurrent else shared
+    return output.y, output.entry, lax.stop_gradient(aux), (weights, output.cache)
 
 
 def _by_kind(output: LayerOutput) -> dict[str, Routing]:

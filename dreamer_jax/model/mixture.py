@@ -30,6 +30,8 @@ class LayerOutput(NamedTuple):
 
     y: Float[Array, "B T D"]
     entry: DepthCache | None
+    cache: DepthCache | None
+    """The depth cache as it came in; through it the gradient of later depths reaches this one."""
     kept: Any
     """What the sequence attention handed in chose to keep."""
     routings: Routings
@@ -66,18 +68,18 @@ class Layer(nnx.Module):
         exchange: Exchange | None = None,
     ) -> LayerOutput:
         """y_l from x_l, before the residual norm of DR. `counted` marks the tokens that are not padding."""
-        da_update, entry, attention, da_routing = self._depth_update(x, l, counted, cache, backend)
+        da_update, entry, cache, attention, da_routing = self._depth_update(x, l, counted, cache, backend)
         sa_input = x + da_update if self.config.mixture == "sequential" else x
         sa_update, kept, sa_routing = self.sa(sa_input, l, rotation, counted, attend, backend)
         ea_input = x if self.config.mixture == "parallel" else x + da_update + sa_update
         ea_update, ea_routing = self.ea(ea_input, l, counted, backend, exchange)
         y = x + da_update + sa_update + ea_update
-        return LayerOutput(y, entry, kept, Routings(sa_routing, da_routing, ea_routing), attention)
+        return LayerOutput(y, entry, cache, kept, Routings(sa_routing, da_routing, ea_routing), attention)
 
     def _depth_update(
         self, x: Float[Array, "B T D"], l: Int[Array, ""], counted: Bool[Array, "B T"], cache: Any, backend: Backend
-    ) -> tuple[Any, DepthCache | None, Any, Routing | None]:
+    ) -> tuple[Any, DepthCache | None, DepthCache | None, Any, Routing | None]:
         """DA's residual update and what comes with it; a zero update where DA is off."""
         if self.da is None:
-            return jnp.zeros((), x.dtype), None, None, None
+            return jnp.zeros((), x.dtype), None, cache, None, None
         return self.da(x, l, counted, cache, backend)

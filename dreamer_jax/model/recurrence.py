@@ -17,10 +17,10 @@ from jaxtyping import PyTree
 Remat = Literal["none", "full", "selective", "products"]
 
 Body = Callable[[PyTree, PyTree, PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree, PyTree, PyTree]]
-"""body(shared, own, constants, x, cache, l) -> (x of the next depth, cache entry of depth l, aux, shared).
+"""body(shared, own, constants, x, cache, l) -> (x of the next depth, cache entry of depth l, aux, (shared, cache)).
 
-The shared weights come back unchanged. Through them the gradient of later depths reaches an operation that hands its
-weights on, which can add its own to that in place.
+The shared weights and the cache come back unchanged. Through them the gradient of later depths reaches an operation
+that hands them on, which can add its own to that in place.
 """
 
 
@@ -70,8 +70,8 @@ def depth_scan(
             l, own = inputs
 
             def at_depth(*args: Any) -> Any:
-                x, entry, aux, passed_on = run(*args, l)
-                return (x, entry, passed_on), aux
+                x, entry, aux, handed_on = run(*args, l)
+                return (x, entry, handed_on), aux
 
             (x, entry, _), vjp, aux = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)
             return (x, _put(cache, entry, l)), (aux, _without_common_arguments(vjp))
@@ -86,8 +86,8 @@ def depth_scan(
             d_shared, dx, d_cache = carry
             l, own, vjp = inputs
             vjp = _with_common_arguments(vjp, shared, own, constants, cache)
-            d_shared, g_own, _, dx, g_cache = vjp((dx, _take(d_cache, l), d_shared))
-            return (d_shared, dx, _add(d_cache, g_cache)), g_own
+            d_shared, d_own, _, dx, d_cache = vjp((dx, _take(d_cache, l), (d_shared, d_cache)))
+            return (d_shared, dx, d_cache), d_own
 
         start = (jax.tree.map(jnp.zeros_like, shared), cotangents[0], jax.tree.map(jnp.zeros_like, cache))
         (d_shared, dx, _), d_stacked = lax.scan(step, start, (indices, stacked, vjps), reverse=True)
@@ -135,6 +135,3 @@ def _put(cache: PyTree, entry: PyTree, l: jax.Array) -> PyTree:
 def _take(cache: PyTree, l: jax.Array) -> PyTree:
     return jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, l, 0, keepdims=False), cache)
 
-
-def _add(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, a, b)

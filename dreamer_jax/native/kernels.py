@@ -192,6 +192,48 @@ def attend_cache(
     return _call("attend_cache", [q.shape], q, k, v, l, lengths)[0]
 
 
+def attend_depth(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cached_k: Float[Array, "L B T K H"],
+    cached_v: Float[Array, "L B T K H"],
+    depth: Int[Array, ""],
+) -> Sequence[Array]:
+    """Attention over a token's depths, the cached ones before `depth` and its own.
+
+    Returns:
+        out [B, T, N, H], probabilities [B, T, N, L], and k and v in their own memory: what is made of these is made
+        after the cache has been read, so that it can be written to without a copy.
+    """
+    shapes = [q.shape, (*q.shape[:3], cached_k.shape[0]), k.shape, v.shape]
+    return _call("depth_forward", shapes, q, k, v, cached_k, cached_v, depth, in_place={1: 2, 2: 3})
+
+
+def attend_depth_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cached_k: Float[Array, "L B T K H"],
+    cached_v: Float[Array, "L B T K H"],
+    depth: Int[Array, ""],
+    d_out: Float[Array, "B T N H"],
+    d_probabilities: Float[Array, "B T N L"],
+    d_k: Float[Array, "B T K H"],
+    d_v: Float[Array, "B T K H"],
+    d_cached_k: Float[Array, "L B T K H"],
+    d_cached_v: Float[Array, "L B T K H"],
+) -> Sequence[Array]:
+    """The gradients of `attend_depth` for q, k, v and the cache.
+
+    Those of all but q are added to `d_k`, `d_v`, `d_cached_k` and `d_cached_v`, whose memory they take over.
+    """
+    arrays = q, k, v, cached_k, cached_v
+    given = d_k, d_v, d_cached_k, d_cached_v
+    inputs = *arrays, depth, d_out, d_probabilities, *given
+    return _call("depth_backward", [a.shape for a in arrays], *inputs, in_place={8: 1, 9: 2, 10: 3, 11: 4})
+
+
 def norm_and_rotate(
     x: Float[Array, "tokens heads H"],
     weight: Float[Array, "H"],

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-SOURCES = ("grouped.cc", "attention.cc", "heads.cc", "router.cc")
+SOURCES = ("grouped.cc", "attention.cc", "depth.cc", "heads.cc", "router.cc")
 HEADERS = ("matmul.h", "work.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread")
 FUNCTIONS = (
@@ -36,6 +36,8 @@ FUNCTIONS = (
     "attend_forward",
     "attend_backward",
     "attend_cache",
+    "depth_forward",
+    "depth_backward",
     "heads_forward",
     "heads_backward",
     "route",

@@ -279,23 +279,34 @@ def depth_oracle(q, k, v, cached_k, cached_v, depth):
     return out.reshape(B, T, N, H), d_q.reshape(B, T, N, H), *d_own, *d_caches
 
 
+# Depth attention in plain JAX, and by the kernel for CPUs.
+FORMS = pytest.mark.parametrize("native_kernel", [False, pytest.param(True, marks=needs_compiler)])
+
+
+@FORMS
 @pytest.mark.parametrize(
     ("N", "K", "depth", "dtype"),
     [(1, 1, 0, jnp.float32), (1, 1, 4, jnp.float32), (4, 2, 3, jnp.float32), (2, 2, 2, jnp.bfloat16)],
 )
-def test_depth_attention_equals_attention_over_the_depths_so_far(N, K, depth, dtype):
-    x = depth_example(5, N, K, dtype)
-    got = gradients(lambda *x: attend_depth(*x, jnp.int32(depth))[0], *x)
+def test_depth_attention_equals_attention_over_the_depths_so_far(N, K, depth, dtype, native_kernel):
+    if native_kernel:  # which computes in float32 only; an odd head size has a rest after its vectors
+        x = depth_example(5, N, K, H=37)
+        dtype = jnp.float32
+    else:
+        x = depth_example(5, N, K, dtype)
+    got = gradients(lambda *x: attend_depth(*x, jnp.int32(depth), native_kernel=native_kernel)[0], *x)
     assert all(g.dtype == dtype for g in got)
     assert_near(got, depth_oracle(*x, depth), TOLERANCE[dtype])
 
 
+@FORMS
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (4, 2)])
-def test_depth_probabilities_are_those_of_the_softmax(N, K):
+def test_depth_probabilities_are_those_of_the_softmax(N, K, native_kernel):
     L, depth = 5, 3
     q, k, _, cached_k, cached_v = depth_example(L, N, K)
     one_hot = np.broadcast_to(np.eye(L, 8, dtype=np.float32)[:, None, None, None], cached_v.shape)  # values name depths
-    out, p = jax.jit(attend_depth)(q, k, jnp.array(one_hot[depth]), cached_k, jnp.array(one_hot), jnp.int32(depth))
+    run = jax.jit(partial(attend_depth, native_kernel=native_kernel))
+    out, p, _ = run(q, k, jnp.array(one_hot[depth]), cached_k, jnp.array(one_hot), jnp.int32(depth))
     assert p.shape == (*q.shape[:3], L)
     assert p.dtype == jnp.float32
     np.testing.assert_allclose(p, out[..., :L], atol=1e-6)
@@ -303,7 +314,8 @@ def test_depth_probabilities_are_those_of_the_softmax(N, K):
     assert (np.asarray(p[..., depth + 1 :]) == 0).all()
 
 
-def test_gradients_flow_through_the_probabilities():
+@FORMS
+def test_gradients_flow_through_the_probabilities(native_kernel):
     x = depth_example(4, 2, 1)
     weights, depth = jnp.cos(jnp.arange(4.0)), 2
 
@@ -312,16 +324,38 @@ def test_gradients_flow_through_the_probabilities():
         p = jax.nn.softmax(jnp.einsum("btnh,lbth->btnl", q, keys) / q.shape[-1] ** 0.5, axis=-1)
         return jnp.einsum("btnl,l->btn", p, weights[: depth + 1])
 
-    got = gradients(lambda *x: jnp.einsum("btnl,l->btn", attend_depth(*x, jnp.int32(depth))[1], weights), *x)
+    def weighted(*x):
+        p = attend_depth(*x, jnp.int32(depth), native_kernel=native_kernel)[1]
+        return jnp.einsum("btnl,l->btn", p, weights)
+
+    got = gradients(weighted, *x)
     assert_near(got, [np.asarray(w) for w in gradients(plain, *x)])
 
 
-def test_rows_of_the_cache_from_depth_on_are_ignored():
+@FORMS
+def test_what_depth_attention_hands_on_brings_the_gradient_of_later_uses(native_kernel):
+    x = depth_example(5, 4, 2)
+    depth = jnp.int32(3)
+
+    def twice(*x):
+        out, _, handed_on = attend_depth(*x, depth, native_kernel=native_kernel)
+        return out + sum(jnp.sum(scale * a) for scale, a in zip((2.0, 3.0, 5.0, 7.0), handed_on, strict=True))
+
+    def apart(*x):
+        out = attend_depth(*x, depth)[0]
+        return out + sum(jnp.sum(scale * a) for scale, a in zip((2.0, 3.0, 5.0, 7.0), x[1:], strict=True))
+
+    assert_near(gradients(twice, *x), [np.asarray(w) for w in gradients(apart, *x)])
+
+
+@FORMS
+def test_rows_of_the_cache_from_depth_on_are_ignored(native_kernel):
     q, k, v, cached_k, cached_v = depth_example(5, 2, 1)
     depth = 2
     later = (np.arange(5) >= depth).reshape(5, 1, 1, 1, 1)
     garbage = (jnp.array(np.where(later, np.float32(1e9), c)) for c in (cached_k, cached_v))
-    run = partial(gradients, lambda *x: attend_depth(*x, jnp.int32(depth))[0], q, k, v)
+    form = partial(attend_depth, native_kernel=native_kernel)
+    run = partial(gradients, lambda *x: form(*x, jnp.int32(depth))[0], q, k, v)
     clean = run(cached_k, cached_v)
     for a, b in zip(clean, run(*garbage), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -329,12 +363,13 @@ def test_rows_of_the_cache_from_depth_on_are_ignored():
         np.testing.assert_array_equal((d_cache != 0).any(axis=(1, 2, 3, 4)), np.arange(5) < depth)
 
 
-def test_depth_attention_runs_in_a_scan_on_eight_devices():
+@FORMS
+def test_depth_attention_runs_in_a_scan_on_eight_devices(native_kernel):
     x = depth_example(3, 2, 1, B=8)
 
     def over_depths(q, k, v, cached_k, cached_v):
         def step(total, depth):
-            return total + attend_depth(q, k, v, cached_k, cached_v, depth)[0], None
+            return total + attend_depth(q, k, v, cached_k, cached_v, depth, native_kernel=native_kernel)[0], None
 
         return jax.lax.scan(step, jnp.zeros_like(q), jnp.arange(3))[0]
 

@@ -42,7 +42,7 @@ def body(shared, own, constants, x, cache, l):
     gated = jnp.sum(jnp.take_along_axis(h, choice, axis=-1), axis=-1, keepdims=True)
     out, w_out = hand_on(attended, shared["w_out"])
     y = x + checkpoint_name(out, "attention") * gated
-    return y, (k, v), {"choice": choice, "square": jnp.sum(y**2)}, shared | {"w_out": w_out}
+    return y, (k, v), {"choice": choice, "square": jnp.sum(y**2)}, (shared | {"w_out": w_out}, cache)
 
 
 def unrolled(shared, stacked, constants, x, depth):
