@@ -12,7 +12,7 @@ from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, norm
 from dreamer_jax.model.projections import Heads, Projections
-from dreamer_jax.model.rope import depth_rotation, norm_and_rotate
+from dreamer_jax.model.rope import depth_rotation
 from dreamer_jax.model.router import Routing
 
 
@@ -49,15 +49,11 @@ class DepthAttention(nnx.Module):
 
         Cache rows from `l` on are ignored: this depth's own entry is computed here.
         """
-        config, epsilon, projections = self.config, self.config.norm_epsilon, self.projections
-        x = rms_norm(x, self.norm[...], epsilon)
+        config, projections = self.config, self.projections
+        x = rms_norm(x, self.norm[...], config.norm_epsilon)
         selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1), backend)
-        q, k, v = projections.qkv(x, selection, backend)
         rotation = depth_rotation(l, config.depth, config.da_head_size, config.depth_rope_base)
-        q, k = (
-            norm_and_rotate(x, weight[...], epsilon, rotation, native=backend == "native")
-            for x, weight in ((q, projections.q_norm), (k, projections.k_norm))
-        )
+        q, k, v = projections.qkv(x, rotation, selection, backend)
         native = backend == "native"
         o, attention, (k, v, *handed_on) = attend_depth(q, k, v, cache.k, cache.v, l, native_kernel=native)
         return (

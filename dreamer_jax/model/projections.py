@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.grouped_matmul import Backend, Plan, dispatch, grouped_matmul, plan, unsort
 from dreamer_jax.model.parameters import Stack, input_std, matrix, norm, output_std
+from dreamer_jax.model.rope import Rotation, queries_keys_values
 from dreamer_jax.model.router import Router, Routing
 from dreamer_jax.native import kernels as native
 from dreamer_jax.sharding import vary_together
@@ -73,14 +74,14 @@ class Projections(nnx.Module):
         return Selection(routing, checkpoint_name(order, "routing"))
 
     def qkv(
-        self, x: Float[Array, "B T D"], selection: Selection | None, backend: Backend
+        self, x: Float[Array, "B T D"], rotation: Rotation, selection: Selection | None, backend: Backend
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Fused projection with layout [q heads | k heads | v heads], head-major."""
+        """Fused projection with layout [q heads | k heads | v heads], head-major; norm and RoPE of q and k."""
         rows = x.reshape(-1, x.shape[-1])
         fused = _project(rows, self.w_qkv, self.w_qkv_shared, selection, backend)
         fused = fused.reshape(*x.shape[:2], -1, self.heads.size)
-        q, k, v = jnp.split(fused, [self.heads.query, self.heads.query + self.heads.kv], axis=2)
-        return q, k, v
+        norms, kv, native = (self.q_norm[...], self.k_norm[...]), self.heads.kv, backend == "native"
+        return queries_keys_values(fused, *norms, self.epsilon, rotation, kv, native=native)
 
     def out(self, o: Float[Array, "B T N H"], selection: Selection | None, backend: Backend) -> Float[Array, "B T D"]:
         """Aggregate the heads."""

@@ -134,4 +134,3 @@ def _put(cache: PyTree, entry: PyTree, l: jax.Array) -> PyTree:
 
 def _take(cache: PyTree, l: jax.Array) -> PyTree:
     return jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, l, 0, keepdims=False), cache)
-

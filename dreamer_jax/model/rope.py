@@ -78,3 +78,44 @@ def _norm_and_rotate_backward(epsilon, residuals, d_y):
 _norm_and_rotate.defvjp(
     lambda epsilon, *arrays: (_norm_and_rotate(epsilon, *arrays), arrays), _norm_and_rotate_backward
 )
+
+
+def queries_keys_values(
+    fused: Float[Array, "B T heads H"],
+    q_weight: Float[Array, "H"],
+    k_weight: Float[Array, "H"],
+    epsilon: float,
+    rotation: Rotation,
+    kv_heads: int,
+    *,
+    native: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Take fused heads [q | k | v] apart; RMSNorm of every query and key head, then RoPE.
+
+    `native` takes the CPU's kernel, one pass for all three.
+    """
+    if native:
+        rows = [a.reshape(-1, a.shape[-1]) for a in rotation]
+        heads = fused.reshape(-1, *fused.shape[2:])
+        parts = _queries_keys_values(epsilon, kv_heads, *vary_together(heads, q_weight, k_weight, *rows))
+        q, k, v = (part.reshape(*fused.shape[:2], *part.shape[1:]) for part in parts)
+        return q, k, v
+    query = fused.shape[2] - 2 * kv_heads
+    q, k, v = jnp.split(fused, [query, query + kv_heads], axis=2)
+    return rotate(rms_norm(q, q_weight, epsilon), rotation), rotate(rms_norm(k, k_weight, epsilon), rotation), v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _queries_keys_values(epsilon, kv_heads, fused, q_weight, k_weight, cos, sin):
+    return tuple(kernels.fused_heads(fused, q_weight, k_weight, cos, sin, kv_heads, epsilon))
+
+
+def _queries_keys_values_backward(epsilon, kv_heads, residuals, cotangents):
+    fused, q_weight, k_weight, cos, sin = residuals
+    return *kernels.fused_heads_gradients(fused, q_weight, k_weight, cos, sin, *cotangents, epsilon), None, None
+
+
+_queries_keys_values.defvjp(
+    lambda epsilon, kv_heads, *arrays: (_queries_keys_values(epsilon, kv_heads, *arrays), arrays),
+    _queries_keys_values_backward,
+)

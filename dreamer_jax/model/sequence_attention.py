@@ -12,7 +12,7 @@ from dreamer_jax.model.grouped_matmul import Backend
 from dreamer_jax.model.norm import rms_norm
 from dreamer_jax.model.parameters import Stack, norm
 from dreamer_jax.model.projections import Heads, Projections
-from dreamer_jax.model.rope import Rotation, norm_and_rotate
+from dreamer_jax.model.rope import Rotation
 from dreamer_jax.model.router import Routing
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -40,14 +40,10 @@ class SequenceAttention(nnx.Module):
         backend: Backend,
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
         """The residual update, what `attend` keeps, and the routing (None with dense projections)."""
-        epsilon, projections = self.config.norm_epsilon, self.projections
-        x = rms_norm(x, self.norm[...], epsilon)
+        projections = self.projections
+        x = rms_norm(x, self.norm[...], self.config.norm_epsilon)
         selection = projections.select(x.reshape(-1, x.shape[-1]), l, counted.reshape(-1), backend)
-        q, k, v = projections.qkv(x, selection, backend)
-        q, k = (
-            norm_and_rotate(x, weight[...], epsilon, rotation, native=backend == "native")
-            for x, weight in ((q, projections.q_norm), (k, projections.k_norm))
-        )
+        q, k, v = projections.qkv(x, rotation, selection, backend)
         with jax.named_scope("scores"):
             o, kept = attend(q, k, v)
         return projections.out(o, selection, backend), kept, selection.routing if selection else None

@@ -1,7 +1,8 @@
 // Per-head RMSNorm and RoPE of queries and keys in one pass: y = rotate(x / rms(x) * weight).
 //
 // x and y are [tokens, heads, H], weight [H], epsilon []. Pairs (j, j + H/2) of a head turn by the angle whose cosine and
-// sine are row `token` of cos and sin, [tokens, H/2], or their only row, [1, H/2].
+// sine are row `token` of cos and sin, [tokens, H/2], or their only row, [1, H/2]. Fused heads are N of queries, K of keys
+// and K of values, one after the other.
 
 #include <cmath>
 #include <vector>
@@ -33,25 +34,14 @@ float inverse_rms(const float* x, int64_t H, float epsilon) {
   return 1 / std::sqrt(dot(x, x, H) / H + epsilon);
 }
 
-ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats cos, Floats sin, Result y, float epsilon) {
-  const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], H = x.dimensions()[2], half = H / 2;
-  const float* w = weight.typed_data();
-  share_out(pool, (tokens + kTokens - 1) / kTokens, [&](int64_t i) {
-    for (int64_t t = i * kTokens; t < std::min((i + 1) * kTokens, tokens); ++t) {
-      const Angles angles(cos, sin, t);
-      for (int64_t n = t * heads; n < (t + 1) * heads; ++n) {
-        const float* in = x.typed_data() + n * H;
-        float* out = y->typed_data() + n * H;
-        const float r = inverse_rms(in, H, epsilon);
-        for (int64_t j = 0; j < half; ++j) {
-          const float a = in[j] * r * w[j], b = in[j + half] * r * w[j + half];
-          out[j] = a * angles.cos[j] - b * angles.sin[j];
-          out[j + half] = b * angles.cos[j] + a * angles.sin[j];
-        }
-      }
-    }
-  });
-  return ffi::Error::Success();
+void head_forward(const float* x, const float* w, Angles angles, int64_t H, float epsilon, float* y) {
+  const int64_t half = H / 2;
+  const float r = inverse_rms(x, H, epsilon);
+  for (int64_t j = 0; j < half; ++j) {
+    const float a = x[j] * r * w[j], b = x[j + half] * r * w[j + half];
+    y[j] = a * angles.cos[j] - b * angles.sin[j];
+    y[j + half] = b * angles.cos[j] + a * angles.sin[j];
+  }
 }
 
 // One head of one token: d_y turned back, times the norm's derivative; adds to d_weight [H]. `d` is scratch, [H].
@@ -69,44 +59,108 @@ void head_backward(const float* x, const float* d_y, const float* w, Angles angl
   for (int64_t h = 0; h < H; ++h) d_x[h] = r * (d[h] - x[h] * along);
 }
 
+// visit(t, part) for every token; those of one part belong to one thread.
+template <class Visit>
+void for_tokens(ffi::ThreadPool& pool, int64_t tokens, const Visit& visit) {
+  share_out(pool, (tokens + kTokens - 1) / kTokens, [&](int64_t i) {
+    for (int64_t t = i * kTokens; t < std::min((i + 1) * kTokens, tokens); ++t) visit(t, i);
+  });
+}
+
+// Sums of a number of gradients [H], each part's own and at the end all in order: the same from run to run.
+class Sums {
+ public:
+  Sums(int64_t tokens, int64_t count, int64_t H)
+      : H_(H), count_(count), of_parts_((tokens + kTokens - 1) / kTokens * count * H) {}
+
+  float* of(int64_t part, int64_t which) { return of_parts_.data() + (part * count_ + which) * H_; }
+
+  void write(int64_t which, Result& d) {
+    std::fill_n(d->typed_data(), H_, 0.0f);
+    for (size_t at = which * H_; at < of_parts_.size(); at += count_ * H_)
+      for (int64_t h = 0; h < H_; ++h) d->typed_data()[h] += of_parts_[at + h];
+  }
+
+ private:
+  int64_t H_, count_;
+  std::vector<float> of_parts_;
+};
+
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats cos, Floats sin, Result y, float epsilon) {
+  const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], H = x.dimensions()[2];
+  for_tokens(pool, tokens, [&](int64_t t, int64_t) {
+    const Angles angles(cos, sin, t);
+    for (int64_t n = t * heads; n < (t + 1) * heads; ++n)
+      head_forward(x.typed_data() + n * H, weight.typed_data(), angles, H, epsilon, y->typed_data() + n * H);
+  });
+  return ffi::Error::Success();
+}
+
 ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats weight, Floats cos, Floats sin, Floats d_y, Result d_x,
                     Result d_weight, float epsilon) {
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], H = x.dimensions()[2];
-  const int64_t parts = (tokens + kTokens - 1) / kTokens;
-  std::vector<float> partial(parts * H);  // summed in order at the end: the same from run to run
-  share_out(pool, parts, [&](int64_t i) {
-    float* d = scratch<0>(H);
-    for (int64_t t = i * kTokens; t < std::min((i + 1) * kTokens, tokens); ++t)
-      for (int64_t n = t * heads; n < (t + 1) * heads; ++n)
-        head_backward(x.typed_data() + n * H, d_y.typed_data() + n * H, weight.typed_data(), Angles(cos, sin, t), H,
-                      epsilon, d, d_x->typed_data() + n * H, partial.data() + i * H);
+  Sums sums(tokens, 1, H);
+  for_tokens(pool, tokens, [&](int64_t t, int64_t part) {
+    const Angles angles(cos, sin, t);
+    for (int64_t n = t * heads; n < (t + 1) * heads; ++n)
+      head_backward(x.typed_data() + n * H, d_y.typed_data() + n * H, weight.typed_data(), angles, H, epsilon,
+                    scratch<0>(H), d_x->typed_data() + n * H, sums.of(part, 0));
   });
-  std::fill_n(d_weight->typed_data(), H, 0.0f);
-  for (int64_t i = 0; i < parts; ++i)
-    for (int64_t h = 0; h < H; ++h) d_weight->typed_data()[h] += partial[i * H + h];
+  sums.write(0, d_weight);
+  return ffi::Error::Success();
+}
+
+// Fused heads [tokens, N + 2 K, H] taken apart, queries and keys normalised and rotated:
+// q [tokens, N, H], k and v [tokens, K, H]
+ffi::Error fused_forward(ffi::ThreadPool pool, Floats fused, Floats q_weight, Floats k_weight, Floats cos, Floats sin,
+                         Result q, Result k, Result v, float epsilon) {
+  const int64_t tokens = q->dimensions()[0], N = q->dimensions()[1], K = k->dimensions()[1], H = q->dimensions()[2];
+  for_tokens(pool, tokens, [&](int64_t t, int64_t) {
+    const Angles angles(cos, sin, t);
+    const float* in = fused.typed_data() + t * (N + 2 * K) * H;
+    for (int64_t n = 0; n < N; ++n, in += H)
+      head_forward(in, q_weight.typed_data(), angles, H, epsilon, q->typed_data() + (t * N + n) * H);
+    for (int64_t n = 0; n < K; ++n, in += H)
+      head_forward(in, k_weight.typed_data(), angles, H, epsilon, k->typed_data() + (t * K + n) * H);
+    std::copy_n(in, K * H, v->typed_data() + t * K * H);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error fused_backward(ffi::ThreadPool pool, Floats fused, Floats q_weight, Floats k_weight, Floats cos, Floats sin,
+                          Floats d_q, Floats d_k, Floats d_v, Result d_fused, Result d_q_weight, Result d_k_weight,
+                          float epsilon) {
+  const int64_t tokens = d_q.dimensions()[0], N = d_q.dimensions()[1], K = d_k.dimensions()[1], H = d_q.dimensions()[2];
+  Sums sums(tokens, 2, H);
+  for_tokens(pool, tokens, [&](int64_t t, int64_t part) {
+    const Angles angles(cos, sin, t);
+    const float* in = fused.typed_data() + t * (N + 2 * K) * H;
+    float *d_in = d_fused->typed_data() + t * (N + 2 * K) * H, *d = scratch<0>(H);
+    for (int64_t n = 0; n < N; ++n, in += H, d_in += H)
+      head_backward(in, d_q.typed_data() + (t * N + n) * H, q_weight.typed_data(), angles, H, epsilon, d, d_in,
+                    sums.of(part, 0));
+    for (int64_t n = 0; n < K; ++n, in += H, d_in += H)
+      head_backward(in, d_k.typed_data() + (t * K + n) * H, k_weight.typed_data(), angles, H, epsilon, d, d_in,
+                    sums.of(part, 1));
+    std::copy_n(d_v.typed_data() + t * K * H, K * H, d_in);
+  });
+  sums.write(0, d_q_weight);
+  sums.write(1, d_k_weight);
   return ffi::Error::Success();
 }
 
 }  // namespace
 }  // namespace dreamer
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(heads_forward, dreamer::forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<float>("epsilon"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(heads_backward, dreamer::backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<float>("epsilon"));
+// clang-format off
+#define F .Arg<Floats>()
+#define R .Ret<Floats>()
+#define KERNEL(name, function, signature) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, dreamer::function, \
+                                ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() signature .Attr<float>("epsilon"))
+// clang-format on
+
+KERNEL(heads_forward, forward, F F F F R);
+KERNEL(heads_backward, backward, F F F F F R R);
+KERNEL(fused_heads_forward, fused_forward, F F F F F R R R);
+KERNEL(fused_heads_backward, fused_backward, F F F F F F F F R R R);

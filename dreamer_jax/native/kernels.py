@@ -257,6 +257,39 @@ def norm_and_rotate_gradients(
     return _call("heads_backward", [x.shape, weight.shape], x, weight, cos, sin, d_y, epsilon=np.float32(epsilon))
 
 
+def fused_heads(
+    fused: Float[Array, "tokens heads H"],
+    q_weight: Float[Array, "H"],
+    k_weight: Float[Array, "H"],
+    cos: Float[Array, "#tokens half"],
+    sin: Float[Array, "#tokens half"],
+    kv_heads: int,
+    epsilon: float,
+) -> Sequence[Array]:
+    """Fused heads taken apart: q and k normalised and rotated, v as it is; the last 2 * `kv_heads` are k's and v's."""
+    tokens, heads, size = fused.shape
+    kv = tokens, kv_heads, size
+    shapes = [(tokens, heads - 2 * kv_heads, size), kv, kv]
+    return _call("fused_heads_forward", shapes, fused, q_weight, k_weight, cos, sin, epsilon=np.float32(epsilon))
+
+
+def fused_heads_gradients(
+    fused: Float[Array, "tokens heads H"],
+    q_weight: Float[Array, "H"],
+    k_weight: Float[Array, "H"],
+    cos: Float[Array, "#tokens half"],
+    sin: Float[Array, "#tokens half"],
+    d_q: Float[Array, "tokens N H"],
+    d_k: Float[Array, "tokens K H"],
+    d_v: Float[Array, "tokens K H"],
+    epsilon: float,
+) -> Sequence[Array]:
+    """The gradients of `fused_heads` for the heads and both weights."""
+    inputs = fused, q_weight, k_weight, cos, sin, d_q, d_k, d_v
+    shapes = [a.shape for a in inputs[:3]]
+    return _call("fused_heads_backward", shapes, *inputs, epsilon=np.float32(epsilon))
+
+
 def _call(
     function: str,
     results: Sequence[tuple[int, ...] | jax.ShapeDtypeStruct],

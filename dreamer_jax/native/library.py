@@ -40,6 +40,8 @@ FUNCTIONS = (
     "depth_backward",
     "heads_forward",
     "heads_backward",
+    "fused_heads_forward",
+    "fused_heads_backward",
     "route",
     "route_gradients",
     "route_plan",

@@ -19,6 +19,7 @@ from dreamer_jax.config import ModelConfig, load
 from dreamer_jax.model.attend import attend_sequence
 from dreamer_jax.model.dreamer import Compute, Dreamer
 from dreamer_jax.model.grouped_matmul import grouped_swiglu
+from dreamer_jax.model.rope import sequence_rotation
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Matrix products of one token, and Table 1, which counts a little more.
@@ -118,7 +119,12 @@ def test_dense_parts_cost_what_xla_counts() -> None:
     model = Dreamer(config, nnx.Rngs(0))
     layer = nnx.merge(*jax.tree.map(lambda a: a[0], nnx.split(model.layer)))
     x = jnp.ones((1, tokens, 512))
-    q, k, v = layer.sa.projections.qkv(x, None, "dense")
+    rotation = sequence_rotation(jnp.arange(tokens, dtype=jnp.int32)[None], config.head_size, config.rope_base)
+
+    def qkv(x):
+        return layer.sa.projections.qkv(x, rotation, None, "dense")
+
+    q, k, v = qkv(x)
     row = jnp.ones((1, tokens), jnp.int32)
     expected = forward_flops(config, float(tokens)).by_component()
 
@@ -132,8 +138,7 @@ def test_dense_parts_cost_what_xla_counts() -> None:
         return grouped_swiglu(chosen, jnp.ones((tokens * 3, 1)), *weights, sizes, backend="dense")
 
     found = {
-        "sa_projections": xla_flops(lambda x: layer.sa.projections.qkv(x, None, "dense"), x)
-        + xla_flops(lambda o: layer.sa.projections.out(o, None, "dense"), q),
+        "sa_projections": xla_flops(qkv, x) + xla_flops(lambda o: layer.sa.projections.out(o, None, "dense"), q),
         "sa_attention": xla_flops(attend, q, k, v),
         # The reference form sends every row through every expert.
         "ea_experts": xla_flops(experts, x) / 3,

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dreamer_jax.model.norm import rms_norm
-from dreamer_jax.model.rope import Rotation, depth_rotation, norm_and_rotate, rotate, sequence_rotation
+from dreamer_jax.model.rope import (
+    Rotation,
+    depth_rotation,
+    norm_and_rotate,
+    queries_keys_values,
+    rotate,
+    sequence_rotation,
+)
 from tests.native import needs_compiler
 
 
@@ -34,6 +41,26 @@ def test_the_kernel_normalises_and_rotates_with_the_gradients_of_the_plain_funct
         return y, *vjp(d_y)
 
     for got, wanted in zip(jax.jit(run, static_argnums=0)(True), jax.jit(run, static_argnums=0)(False), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * float(jnp.abs(wanted).max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("N", "K", "H"), [(1, 1, 20), (4, 2, 32)])
+def test_the_kernel_takes_fused_heads_apart_with_the_gradients_of_the_plain_functions(N, K, H):
+    fused, q_weight, _ = example(H, N + 2 * K)
+    k_weight, positions = q_weight[::-1], jnp.arange(150, dtype=jnp.int32).reshape(2, 75)
+    rotation = sequence_rotation(positions, H, 1e4)
+    cotangents = [example(H, heads)[2] for heads in (N, K, K)]
+
+    def run(native):
+        def parts(*x):
+            return queries_keys_values(*x, 1e-6, rotation, K, native=native)
+
+        found, vjp = jax.vjp(parts, fused, q_weight, k_weight)
+        return *found, *vjp(tuple(cotangents))
+
+    for got, wanted in zip(jax.jit(run, static_argnums=0)(True), jax.jit(run, static_argnums=0)(False), strict=True):
+        assert got.shape == wanted.shape
         np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * float(jnp.abs(wanted).max()))
 
 
