@@ -112,7 +112,8 @@ def _queries_keys_values(epsilon, kv_heads, fused, q_weight, k_weight, cos, sin)
 
 def _queries_keys_values_backward(epsilon, kv_heads, residuals, cotangents):
     fused, q_weight, k_weight, cos, sin = residuals
-    return *kernels.fused_heads_gradients(fused, q_weight, k_weight, cos, sin, *cotangents, epsilon), None, None
+    d_q, d_k, d_v = cotangents
+    return *kernels.fused_heads_gradients(fused, q_weight, k_weight, cos, sin, d_q, d_k, d_v, epsilon), None, None
 
 
 _queries_keys_values.defvjp(

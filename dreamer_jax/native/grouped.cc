@@ -3,6 +3,7 @@
 // order of the tokens, and sorted row r is a copy of row tokens[r].
 
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "matmul.h"
@@ -23,7 +24,8 @@ struct Group {
   int64_t expert, first, rows;
 };
 
-// Every expert's rows, cut into groups of at most `most`; experts without rows have one empty group.
+// Every expert's rows, cut into groups of at most `most`; experts without rows have one empty group. The largest groups come
+// first, so that threads end at about the same time.
 std::vector<Group> groups(const Counts& sizes, int64_t most) {
   std::vector<Group> all;
   int64_t first = 0;
@@ -35,6 +37,7 @@ std::vector<Group> groups(const Counts& sizes, int64_t most) {
       first += rows;
     } while (first < end);
   }
+  std::stable_sort(all.begin(), all.end(), [](const Group& a, const Group& b) { return a.rows > b.rows; });
   return all;
 }
 
@@ -42,8 +45,8 @@ void scale(const float* x, int64_t count, float by, float* y) {
   for (int64_t i = 0; i < count; ++i) y[i] = by * x[i];
 }
 
-void clear_unowned(const std::vector<Group>& all, Result& y) {
-  const int64_t owned = all.empty() ? 0 : all.back().first + all.back().rows;
+void clear_unowned(const Counts& sizes, Result& y) {
+  const int64_t owned = std::accumulate(sizes.typed_data(), sizes.typed_data() + sizes.element_count(), int64_t(0));
   const int64_t width = y->dimensions()[1];
   std::fill(y->typed_data() + owned * width, y->typed_data() + y->element_count(), 0.0f);
 }
@@ -61,7 +64,7 @@ const float* sorted_rows(const Floats& a, const Counts& tokens, int64_t first, i
 ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats w, Counts sizes, Counts tokens, Result y) {
   const int64_t I = w.dimensions()[1], O = w.dimensions()[2];
   const auto all = groups(sizes, kRows);
-  clear_unowned(all, y);
+  clear_unowned(sizes, y);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, first, count] = all[i];
     const float* x_rows = sorted_rows(x, tokens, first, count, scratch<1>(kRows * I));
@@ -75,7 +78,7 @@ ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats w, Counts sizes, Count
 ffi::Error inputs_gradient(ffi::ThreadPool pool, Floats d_y, Floats w, Counts sizes, Result d_x) {
   const int64_t I = w.dimensions()[1], O = w.dimensions()[2];
   const auto all = groups(sizes, kRows);
-  clear_unowned(all, d_x);
+  clear_unowned(sizes, d_x);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, first, count] = all[i];
     matmul(count, I, O, rows(d_y.typed_data() + first * O, O), transposed(w.typed_data() + e * I * O, O),
@@ -186,7 +189,7 @@ ffi::Error swiglu(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_u
                   Counts tokens, Result y) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
   const auto all = groups(sizes, kRows);
-  clear_unowned(all, y);
+  clear_unowned(sizes, y);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, first, count] = all[i];
     float* panel = scratch<0>(std::max(D, F) * kPanel);
@@ -205,7 +208,7 @@ ffi::Error swiglu(ffi::ThreadPool pool, Floats x, Floats scores, Floats w_gate_u
 ffi::Error gated(ffi::ThreadPool pool, Floats gate_up, Floats scores, Floats w_down, Counts sizes, Result y) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
   const auto all = groups(sizes, kRows);
-  clear_unowned(all, y);
+  clear_unowned(sizes, y);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, first, count] = all[i];
     float *panel = scratch<0>(F * kPanel), *h = scratch<1>(kRows * F);
@@ -222,8 +225,8 @@ ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Float
                             Result d_scores, Result d_w_gate_up, Result d_w_down) {
   const int64_t F = w_down.dimensions()[1], D = w_down.dimensions()[2];
   const auto all = groups(sizes, std::numeric_limits<int64_t>::max());
-  clear_unowned(all, d_x);
-  clear_unowned(all, d_scores);
+  clear_unowned(sizes, d_x);
+  clear_unowned(sizes, d_scores);
   share_out(pool, all.size(), [&](int64_t i) {
     const auto [e, begin, total] = all[i];
     float *panel = scratch<0>(std::max({D, 2 * F, kRows}) * kPanel), *h = scratch<1>(kRows * F);
