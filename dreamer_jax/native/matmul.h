@@ -185,14 +185,22 @@ __attribute__((noinline)) inline void pack(View b, int64_t K, int64_t first, int
     for (int j = 0; j < kPanel; ++j) panel[j] = j < n ? b.p[k * b.row + (first + j) * b.column] : 0;
 }
 
-// Some rows of A times `k` rows of B: C += A[:, k...] B[k..., :]. B is read as it lies in memory.
+// Some rows of A times `k` rows of B: C += A[:, k...] B[k..., :]. B is read as it lies in memory; as many of its rows that come
+// next are brought into the second cache meanwhile, which doubles the speed at which a core reads.
 template <int... k>
 inline void add_outer(std::integer_sequence<int, k...>, int64_t M, int64_t N, View a, const float* b, int64_t b_row,
                       float* c, int64_t c_row) {
+  constexpr int count = sizeof...(k);
   for (int64_t m = 0; m < M; ++m, a.p += a.row, c += c_row) {
     const float factor[] = {a.p[k * a.column]...};
+    const auto add = [&](int64_t n) { store(c + n, (load(c + n) + ... + (factor[k] * load(b + k * b_row + n)))); };
     int64_t n = 0;
-    for (; n + kLanes <= N; n += kLanes) store(c + n, (load(c + n) + ... + (factor[k] * load(b + k * b_row + n))));
+    if (m == 0)
+      for (; n + kLanes <= N; n += kLanes) {
+        (__builtin_prefetch(b + (count + k) * b_row + n, 0, 2), ...);
+        add(n);
+      }
+    for (; n + kLanes <= N; n += kLanes) add(n);
     for (; n < N; ++n) c[n] = (c[n] + ... + (factor[k] * b[k * b_row + n]));
   }
 }
