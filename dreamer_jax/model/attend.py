@@ -56,7 +56,7 @@ def attend_sequence(
     if backend == "cudnn":
         return _call_kernel(_attend_cudnn, q, k, v, segment_ids)
     if backend == "tokamax":
-        return _call_kernel(_attend_tokamax, q, k, v, segment_ids)
+        return _attend_tokamax(q, k, v, segment_ids)
     if backend == "splash":
         return _call_kernel(_attend_splash, q, k, v, segment_ids)
     if backend == "dense":
@@ -246,35 +246,39 @@ def _row_backward(q, k, v, segments, out, lse, d_out):
 # ---- kernels of the accelerators
 
 
-def _call_kernel(kernel, q, k, v, segment_ids):
-    """Call a kernel that knows nothing of varying axes from inside a shard_map that checks them.
+def _unchecked(function, *arguments):
+    """Call what knows nothing of varying axes from inside a shard_map that checks them; elsewhere call it as it is.
 
-    The kernel and its derivative run in an inner, unchecked shard_map over no axis; multiplying by one there drops the
-    axes from an array's type, and what comes out is marked as varying again. Elsewhere the kernel is called as it is.
+    It runs in an inner, unchecked shard_map over no axis; multiplying by one there drops the axes from an array's type,
+    and what comes out is marked as varying again.
     """
-    axes = axes_of(q)
+    axes = axes_of(jax.tree.leaves(arguments)[0])
     if not axes:
-        return kernel(q, k, v, segment_ids)
+        return function(*arguments)
+    enter = jax.shard_map(
+        lambda *x: function(*jax.tree.map(lambda leaf: leaf * 1, x)),
+        in_specs=P(),
+        out_specs=P(),
+        axis_names=set(),
+        check_vma=False,
+    )
+    return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), enter(*arguments))
 
-    def unchecked(function, *arguments):
-        enter = jax.shard_map(
-            lambda *x: function(*jax.tree.map(lambda leaf: leaf * 1, x)),
-            in_specs=P(),
-            out_specs=P(),
-            axis_names=set(),
-            check_vma=False,
-        )
-        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), enter(*arguments))
+
+def _call_kernel(kernel, q, k, v, segment_ids):
+    """Call a kernel, and its derivative, unchecked."""
+    if not axes_of(q):
+        return kernel(q, k, v, segment_ids)
 
     @jax.custom_vjp
     def call(q, k, v, ids):
-        return unchecked(kernel, q, k, v, ids)
+        return _unchecked(kernel, q, k, v, ids)
 
     def forward(q, k, v, ids):
-        return unchecked(lambda q, k, v, ids: jax.vjp(lambda *x: kernel(*x, ids), q, k, v), q, k, v, ids)
+        return _unchecked(lambda q, k, v, ids: jax.vjp(lambda *x: kernel(*x, ids), q, k, v), q, k, v, ids)
 
     def backward(pull_back, d_out):
-        return *unchecked(lambda pull_back, d_out: pull_back(d_out), pull_back, d_out), None
+        return *_unchecked(lambda pull_back, d_out: pull_back(d_out), pull_back, d_out), None
 
     call.defvjp(forward, backward)
     return call(q, k, v, segment_ids)
@@ -291,15 +295,51 @@ def _attend_cudnn(q, k, v, segment_ids):
 
 def _attend_tokamax(q, k, v, segment_ids):
     """Flash attention of tokamax for NVIDIA: each query has the first key of its document as a lower bound."""
+    T = q.shape[1]
+    q, k, v, segment_ids = (_pad_tokens(x, 128) for x in (q, k, v, segment_ids))
+    return _tokamax(q, k, v, _document_start(segment_ids))[:, :T]
+
+
+@jax.custom_vjp
+def _tokamax(q, k, v, start):
+    return _unchecked(_tokamax_forward, q, k, v, start)[0]
+
+
+def _tokamax_with_residuals(q, k, v, start):
+    # Named, for the remat policies: tokamax's own derivative hides from them what it keeps.
+    out, residuals = checkpoint_name(_unchecked(_tokamax_forward, q, k, v, start), "attention")
+    return out, (q, k, v, start, out, residuals)
+
+
+def _tokamax_gradients(arrays, d_out):
+    return *_unchecked(_tokamax_backward, *arrays, d_out), None
+
+
+_tokamax.defvjp(_tokamax_with_residuals, _tokamax_gradients)
+
+
+def _tokamax_forward(q, k, v, start):
+    kernel, bound = _tokamax_kernel(q, k, v, start)
+    return kernel(*bound.args, **bound.kwargs | {"return_residuals": True})
+
+
+def _tokamax_backward(q, k, v, start, out, residuals, d_out):
+    kernel, bound = _tokamax_kernel(q, k, v, start)
+    arguments = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+    gradients = kernel.vjp(residuals, out, d_out, *bound.args, **arguments)
+    return gradients["q"], gradients["k"], gradients["v"]
+
+
+def _tokamax_kernel(q, k, v, start):
+    """The kernel for the type of q, and the arguments in the form that its derivative takes."""
     try:
         from tokamax._src.ops.attention import api, base  # its public function takes no such bound
     except ImportError as error:
-        raise ImportError("attention backend 'tokamax' needs the extra dreamer-jax[gpu]") from error
-    T = q.shape[1]
-    q, k, v, segment_ids = (_pad_tokens(x, 128) for x in (q, k, v, segment_ids))
-    mask = base.Mask(k_start=_document_start(segment_ids)[:, None], is_causal=True)
+        message = "attention backend 'tokamax' needs the extra dreamer-jax[gpu], and Python 3.12 or newer"
+        raise ImportError(message) from error
     kernel = api.IMPLEMENTATIONS["triton" if q.dtype == jnp.float32 else "mosaic_gpu"]
-    return kernel(q, k, v, mask=mask)[:, :T]
+    mask = base.Mask(k_start=start[:, None], is_causal=True)
+    return kernel, kernel.bind(q, k, v, mask=mask)
 
 
 def _document_start(segment_ids):

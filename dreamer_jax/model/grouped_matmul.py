@@ -189,6 +189,7 @@ def grouped_swiglu(
     sizes: Int[Array, "E"],
     *,
     backend: Backend,
+    all_owned: bool = False,
 ) -> Float[Array, "R D"]:
     """Send every row through the SwiGLU of its expert, weighted: (score * silu(x W_gate) * (x W_up)) W_down.
 
@@ -201,6 +202,7 @@ def grouped_swiglu(
         w_down: [E, F, D].
         sizes: rows of each expert. Rows past their sum belong to none: they come out as zeros.
         backend: see the top of this file.
+        all_owned: there are no such rows, and none need to be cleared.
 
     Raises:
         ImportError: backend "tokamax" without tokamax.
@@ -211,13 +213,16 @@ def grouped_swiglu(
         return _native_swiglu(x, scores, w_gate_up, w_down, sizes, None, 0)[0]
     if backend == "blocks":
         return _blocks(_swiglu, _heights(x.shape[0], sizes.shape[0]), (x, scores), (w_gate_up, w_down), sizes)
-    # Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither.
-    owned = (jnp.arange(x.shape[0], dtype=sizes.dtype) < jnp.sum(sizes))[:, None]
-    x, scores = jnp.where(owned, x, 0), jnp.where(owned, scores, 0)
+    owned = jnp.arange(x.shape[0], dtype=sizes.dtype) < jnp.sum(sizes)
+
+    def cleared(rows: Array) -> Array:
+        """Kernels leave garbage in rows that no expert owns. It must not reach a sum, in the gradients neither."""
+        return rows if all_owned else jnp.where(owned[:, None], rows, 0)
+
+    x, scores = cleared(x), cleared(scores)
     gate_up = checkpoint_name(grouped_matmul(x, w_gate_up, sizes, backend=backend), "products")
-    gate_up = jnp.where(owned, gate_up.astype(jnp.float32), 0)
-    hidden = (_gate(gate_up) * scores).astype(x.dtype)
-    return jnp.where(owned, grouped_matmul(hidden, w_down, sizes, backend=backend), 0)
+    hidden = (_gate(cleared(gate_up.astype(jnp.float32))) * scores).astype(x.dtype)
+    return cleared(grouped_matmul(hidden, w_down, sizes, backend=backend))
 
 
 def routed_swiglu(
@@ -239,7 +244,8 @@ def routed_swiglu(
         inputs = vary_together(x, scores, w_gate_up, w_down, *p)
         with jax.named_scope("experts"):
             return _native_swiglu(*inputs[:4], inputs[-1], Plan(*inputs[4:]), active)
-    rows = grouped_swiglu(dispatch(x, p, active), scores, w_gate_up, w_down, p.sizes, backend=backend)
+    rows = dispatch(x, p, active)
+    rows = grouped_swiglu(rows, scores, w_gate_up, w_down, p.sizes, backend=backend, all_owned=True)
     return collect(rows, p, active), w_gate_up, w_down
 
 
@@ -473,7 +479,7 @@ def _tokamax(product: Product, a, b, sizes):
         import tokamax
         from absl import flags
     except ImportError as error:
-        message = "backend 'tokamax' needs the package tokamax: pip install 'dreamer-jax[gpu]' (or [tpu])"
+        message = "backend 'tokamax' needs tokamax: pip install 'dreamer-jax[gpu]' (or [tpu]), Python 3.12 or newer"
         raise ImportError(message) from error
     if not flags.FLAGS.is_parsed():  # else tokamax would parse our command line and stop at the first option of ours
         flags.FLAGS.mark_as_parsed()

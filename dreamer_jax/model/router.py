@@ -60,7 +60,8 @@ class Router(nnx.Module):
             query, keys = self._query(x, l, native=True), self._keys()
             found = _route(active, *vary_together(query, keys, self.bias[...], counted.astype(jnp.int32)))
         else:
-            found = _select(self.logits(x, l), self.bias[...], counted, active)
+            best = best_by_passes if backend == "tokamax" else best_by_sorting
+            found = _select(self.logits(x, l), self.bias[...], counted, active, best)
         ids, scores, counts, entropy = found
         return Routing(ids, scores, counts, jnp.sum(entropy, where=counted))
 
@@ -82,15 +83,30 @@ class Router(nnx.Module):
         return rms_norm(self.keys[...], self.k_norm[...], self.config.norm_epsilon)
 
 
-def _select(logits, bias, counted, active):
+def _select(logits, bias, counted, active, best):
     """Select: ids and scores [tokens, A], counts [E], entropy [tokens].
 
     The selection carries a checkpoint name, so that no remat policy ever decides it a second time.
     """
-    ids = checkpoint_name(lax.top_k(lax.stop_gradient(logits) + bias[None, :], active)[1], "routing")
+    ids = checkpoint_name(best(lax.stop_gradient(logits) + bias[None, :], active), "routing")
     scores = jax.nn.sigmoid(jnp.take_along_axis(logits, ids, axis=-1))
     counts = jnp.zeros_like(bias, jnp.int32).at[ids].add(counted[:, None].astype(jnp.int32))
     return ids, scores, counts, score_entropy(lax.stop_gradient(logits))
+
+
+def best_by_sorting(values: Float[Array, "tokens E"], active: int) -> Int[Array, "tokens A"]:
+    """The indices of each row's highest values, best first; the lower index of two equal ones."""
+    return lax.top_k(values, active)[1]
+
+
+def best_by_passes(values: Float[Array, "tokens E"], active: int) -> Int[Array, "tokens A"]:
+    """The same in one pass for each choice, for NVIDIA, where `lax.top_k` sorts all E; on CPUs it is slower."""
+    index, ids = jnp.arange(values.shape[1], dtype=jnp.int32)[None, :], []
+    for _ in range(active):
+        best = jnp.argmax(values, axis=1).astype(jnp.int32)
+        ids.append(best)
+        values = jnp.where(index == best[:, None], -jnp.inf, values)
+    return jnp.stack(ids, axis=1)
 
 
 # The same from queries and keys in one call of the CPU's kernel, whose gradient touches the selected experts only.

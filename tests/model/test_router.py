@@ -9,7 +9,7 @@ from flax import nnx
 
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.model.grouped_matmul import plan
-from dreamer_jax.model.router import Router
+from dreamer_jax.model.router import Router, best_by_passes, best_by_sorting
 from tests.native import needs_compiler
 
 CONFIG = ModelConfig(depth_recurrent=True, depth=4, width=24, vocab=32, router_size=20)
@@ -84,3 +84,10 @@ def test_the_kernel_orders_choices_as_plain_jax():
     for tokens, experts, active in SHAPES:
         ids = jax.random.randint(jax.random.key(tokens), (tokens, active), 0, experts, jnp.int32)
         assert_trees_all_equal(plan(ids, experts, native_kernel=True), plan(ids, experts))
+
+
+@pytest.mark.parametrize("active", [1, 4, 33])
+def test_passes_find_what_sorting_finds_ties_included(active):
+    values = np.random.default_rng(active).normal(size=(50, 33)).round(1).astype(np.float32) + 0.0  # no -0
+    values[0] = 0
+    assert_trees_all_equal(best_by_passes(jnp.asarray(values), active), best_by_sorting(jnp.asarray(values), active))
