@@ -37,7 +37,8 @@ def configs(size: str) -> dict[str, Config]:
 def _config(size: str, variant: str) -> Config:
     if size == "1b":
         config = load(CONFIGS / _FILES[variant])
-        return replace(config, train=replace(config.train, batch=_ROWS[size], microbatches=1, dtype="bfloat16"))
+        train = replace(config.train, batch=_ROWS[size], microbatches=1, dtype="bfloat16", remat="products")
+        return replace(config, train=train)
     base = _BASES[size]
     recurrent, attention = VARIANTS[variant]
     model = base

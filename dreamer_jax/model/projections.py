@@ -130,9 +130,17 @@ def _scale_forward(y, score, x, shared):
 
 def _scale_backward(residuals, dy):
     y, score, x, shared = residuals
-    routed = y.astype(jnp.float32) - jnp.matmul(x, shared, preferred_element_type=jnp.float32)
-    dscore = jnp.sum(dy.astype(jnp.float32) * routed, axis=-1)
+    dscore = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1) - _through(dy, x, shared)
     return _scale(dy, score), dscore, jnp.zeros_like(x), jnp.zeros_like(shared)
+
+
+def _through(
+    dy: Float[Array, "tokens O"], x: Float[Array, "tokens I"], w: Float[Array, "I O"]
+) -> Float[Array, "tokens"]:
+    """The product dy . (x W) of each token in float32, by way of the narrower of its two factors."""
+    if w.shape[0] < w.shape[1]:
+        dy, x, w = x, dy, w.T
+    return jnp.sum(dy.astype(jnp.float32) * jnp.matmul(x, w, preferred_element_type=jnp.float32), axis=-1)
 
 
 scale_by_score.defvjp(_scale_forward, _scale_backward)
@@ -156,7 +164,7 @@ def _native_linear_backward(residuals, cotangents):
     d_x, d_score, d_w = native.linear_gradients(x, score, w, d_y, d_w, order.sizes, order.order)
     if shared is None:
         return d_x, d_score, d_w, None, None
-    return d_x, d_score - jnp.sum(d_y * (x @ shared), axis=-1), d_w, jnp.zeros_like(shared), None
+    return d_x, d_score - _through(d_y, x, shared), d_w, jnp.zeros_like(shared), None
 
 
 _native_linear.defvjp(_native_linear_forward, _native_linear_backward)
