@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,63 @@ def test_each_platform_has_a_backend():
     assert [default_backend(p, "bfloat16") for p in ("cpu", "gpu", "tpu")] == ["blocks", "tokamax", "splash"]
     assert default_backend("gpu", "float32") == "blocks"
     assert default_backend("cpu", "float32") == ("blocks" if library.missing() else "native")
+
+
+class StandIn:
+    """What attend.py asks of a kernel of tokamax, which runs on GPUs alone: attention, what it keeps, a derivative."""
+
+    def __call__(self, q, k, v, *, start, return_residuals):
+        assert return_residuals
+        out, lse = jax.jit(self.stand_in_forward)(q, k, v, start)
+        return out, (lse, jnp.zeros_like(lse))
+
+    def vjp(self, residuals, out, d_out, q, k, v, *, start):
+        return dict(zip("qkv", jax.vjp(lambda *x: self.stand_in_forward(*x, start)[0], q, k, v)[1](d_out), strict=True))
+
+    @staticmethod
+    def stand_in_forward(q, k, v, start):
+        token, group = jnp.arange(q.shape[1]), q.shape[2] // k.shape[2]
+        seen = (token[None, None] <= token[None, :, None]) & (token[None, None] >= start[:, :, None])
+        scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, group, axis=2)) / q.shape[-1] ** 0.5
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), jnp.repeat(v, group, axis=2))
+        return out, jax.nn.logsumexp(scores, axis=-1)
+
+
+@pytest.fixture
+def tokamax(monkeypatch):
+    """The backend "tokamax" on a CPU."""
+
+    def kernel(q, k, v, start):
+        return StandIn(), SimpleNamespace(args=(q, k, v), kwargs={"start": start, "return_residuals": False})
+
+    monkeypatch.setattr(attend, "_tokamax_kernel", kernel)
+
+
+@pytest.mark.usefixtures("tokamax")
+def test_around_the_kernels_of_tokamax_values_and_gradients_are_kept_on_eight_devices():
+    q, k, v = example(8, 40, 2, 1, 16)
+    ids = documents(8, 40, 15, 5)
+
+    def local(q, k, v, ids, d_out):
+        out, pull_back = jax.vjp(partial(attend_sequence, segment_ids=ids, backend="tokamax"), q, k, v)
+        return out, *pull_back(d_out)
+
+    sharded = jax.shard_map(local, mesh=eight_devices(), in_specs=P("data"), out_specs=P("data"))
+    got = jax.jit(sharded)(q, k, v, ids, jnp.array(cotangent(q.shape), jnp.float32))
+    assert_near(got, oracle(q, k, v, packed(ids)))
+
+
+@pytest.mark.usefixtures("tokamax")
+@pytest.mark.parametrize(("kept", "runs"), [(["attention"], 1), ([], 2)])
+def test_remat_that_keeps_attention_does_not_run_tokamax_again(kept, runs):
+    q, k, v = example(2, 40, 2, 1, 16)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    run = jax.checkpoint(
+        partial(attend_sequence, segment_ids=documents(2, 40, 15, 5), backend="tokamax"), policy=policy
+    )
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(run(q, k, v) ** 2)))(q)
+    assert str(jaxpr).count("name=stand_in_forward") == runs
 
 
 def test_tokamax_missing_is_an_error_that_names_the_extra(monkeypatch):
