@@ -148,33 +148,38 @@ def weights_at_work(model: ModelConfig, mesh: Mapping[str, int] = SINGLE, platfo
 def saved_bytes(model: ModelConfig, size: int, remat: str, *, native: bool = False) -> int:
     """Bytes that one depth keeps of one token for its backward pass, with numbers of `size` bytes.
 
-    "full": the residual stream and the routing. "selective": also SA's output and log-sum-exp. "products": also what
-    matrix products gave. "none": everything; counted on the residuals of `jax.vjp` (tests/accounting/test_memory.py).
+    "full": the residual stream and the routing. "selective": also SA's output and log-sum-exp, and with `native` DA's
+    output. "products": also what matrix products gave. "none": everything; counted on the residuals of `jax.vjp`
+    (tests/accounting/test_memory.py).
     `native`: with the kernels for CPUs, which keep no sorted copies.
     """
     recurrent, depth_attention = int(model.depth_recurrent), int(model.depth_attention)
     routers = recurrent * (1 + depth_attention)
-    decisions = INT * (3 * model.active_experts + 3 * routers)
+    decisions = INT * (3 + native) * (model.active_experts + routers)  # with native kernels the scores, too
     stream, sa = size * model.width, model.query_heads * model.head_size
     if remat == "full":
         return stream + decisions
-    selective = stream + decisions + size * sa + FLOAT * model.query_heads
+    da = depth_attention * model.da_heads * model.da_head_size
+    selective = stream + decisions + size * (sa + da * native) + FLOAT * model.query_heads
     if remat == "selective":
         return selective
     kv, da_kv = model.kv_heads * model.head_size, _da_cache(model) // 2
-    da = depth_attention * model.da_heads * model.da_head_size
     if remat == "products":
         projections = sa + 2 * kv + da + 2 * da_kv + (1 + depth_attention) * model.width
         experts = 2 * model.active_experts * model.expert_width
         return selective + size * (projections + experts) + FLOAT * (1 + routers) * model.router_size
+    if native:  # kernels keep what goes into them, and gather and turn it themselves
+        in_type = (8 + 4 * recurrent + 4 * depth_attention) * model.width + 4 * (sa + kv) + 3 * da + 4 * da_kv
+        in_type += 2 * model.active_experts * model.expert_width
+        in_float = (4 + 2 * routers) * model.router_size + model.query_heads
+        return FLOAT * in_float + size * in_type + decisions
     # Norms, RoPE and routers compute in float32, and keep it.
     in_float = (6 + 3 * recurrent + 3 * depth_attention) * model.width + 3 * (sa + kv + da + da_kv)
     in_float += 5 * (1 + routers) * model.router_size + depth_attention * model.depth * model.da_heads
-    copies = 1 if native else 2
-    rows = copies + (copies - 1) * depth_attention + (1 + copies) * recurrent * (1 + depth_attention)
+    rows = 2 + depth_attention + 3 * recurrent * (1 + depth_attention)
     in_type = rows * model.width + 3 * sa + 2 * (kv + da + da_kv)
-    in_type += recurrent * copies * (sa + kv + da + da_kv)
-    in_type += model.active_experts * (2 * model.expert_width if native else model.width)
+    in_type += recurrent * 2 * (sa + kv + da + da_kv)
+    in_type += model.active_experts * model.width
     return FLOAT * in_float + size * in_type + decisions
 
 

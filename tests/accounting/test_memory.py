@@ -68,10 +68,8 @@ def test_what_lies_there_between_steps_is_exact(variant: str, sizes: tuple[int, 
     assert memory.optimizer == bytes_on_one_device(state.optimizer)
 
 
-def residual_bytes(model: ModelConfig, remat: str, dtype: str) -> int:
+def residual_bytes(model: ModelConfig, compute: Compute) -> int:
     """Bytes that JAX keeps of one depth, beside weights and cache."""
-    matmul = "dense" if remat == "products" else "blocks"  # blocks hides what it multiplies inside
-    compute = Compute(dtype=jnp.dtype(dtype), remat=remat, matmul=matmul)
     tokens = jnp.zeros((4, 256), jnp.int32)
 
     def vjp_of_one_depth() -> object:
@@ -79,7 +77,7 @@ def residual_bytes(model: ModelConfig, remat: str, dtype: str) -> int:
         x = ready.embedded(tokens, compute)
         graph, shared, stacked, biases = depth_weights(ready)
         own = jax.tree.map(lambda a: a[0], stacked)
-        body = recurrence._remat(functools.partial(dreamer._depth_step, model, graph, compute, False), remat)
+        body = recurrence._remat(functools.partial(dreamer._depth_step, model, graph, compute, False), compute.remat)
         cache = jax.tree.map(lambda e: jnp.stack([e] * model.depth), depth_entry(model, x))
 
         def at_depth(*args: object) -> object:
@@ -99,8 +97,19 @@ def residual_bytes(model: ModelConfig, remat: str, dtype: str) -> int:
 def test_saved_activations_are_those_that_jax_keeps(variant: str, dtype: str, remat: str) -> None:
     recurrent, depth_attention = VARIANTS[variant]
     model = dataclasses.replace(ODD, depth_recurrent=recurrent, depth_attention=depth_attention)
-    counted = 4 * 256 * saved_bytes(model, jnp.dtype(dtype).itemsize, remat)
-    assert counted == pytest.approx(residual_bytes(model, remat, dtype), rel=0.05)
+    matmul = "dense" if remat == "products" else "blocks"  # blocks hides what it multiplies inside
+    kept = residual_bytes(model, Compute(dtype=jnp.dtype(dtype), remat=remat, matmul=matmul))
+    assert 4 * 256 * saved_bytes(model, jnp.dtype(dtype).itemsize, remat) == pytest.approx(kept, rel=0.05)
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", ["LA", "DR", "DR+DA"])
+@pytest.mark.parametrize("remat", POLICIES)
+def test_saved_activations_with_native_kernels_are_those_that_jax_keeps(variant: str, remat: str) -> None:
+    recurrent, depth_attention = VARIANTS[variant]
+    model = dataclasses.replace(ODD, depth_recurrent=recurrent, depth_attention=depth_attention)
+    kept = residual_bytes(model, Compute(remat=remat, matmul="native", attention="native"))
+    assert 4 * 256 * saved_bytes(model, 4, remat, native=True) == pytest.approx(kept, rel=0.05)
 
 
 @needs_compiler
