@@ -11,7 +11,7 @@ from dreamer_jax.data.builder import prepare
 from dreamer_jax.data.loader import batches
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SIZES = ("tiny", "small", "1b")
+SIZES = ("tiny", "small", "layer", "1b")
 VARIANTS = {"LA": (False, False), "DR": (True, False), "DR+DA": (True, True)}
 
 _BASES = {
@@ -23,9 +23,14 @@ _BASES = {
         depth_recurrent=False, depth_attention=False, depth=8, width=256, vocab=1024, query_heads=8, kv_heads=4,
         head_size=32, da_head_size=64, router_size=64, experts=16, active_experts=4, expert_width=128,
     ),
+    # The 1B models' layer, all 16 depths of it, with few experts and words: their proportions on a CPU.
+    "layer": ModelConfig(
+        depth_recurrent=False, depth_attention=False, depth=16, width=1024, vocab=1024, query_heads=16, kv_heads=8,
+        head_size=128, da_head_size=128, router_size=128, experts=8, active_experts=8, expert_width=512,
+    ),
 }  # fmt: skip
 """LA's shape; DR and DR+DA are sized after it (3.8)."""
-_ROWS = {"tiny": 4, "small": 4, "1b": 8}
+_ROWS = {"tiny": 4, "small": 4, "layer": 2, "1b": 8}
 _FILES = {"LA": "la_1b.py", "DR": "dr_1b.py", "DR+DA": "dr_da_1b.py"}
 
 

@@ -39,7 +39,9 @@ EXPERTS = ("grouped_mm", "eager")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny", choices=SIZES, help="tiny, small (CPUs) or 1b (a GPU of 80 GB)")
+    parser.add_argument(
+        "--size", default="tiny", choices=SIZES, help="tiny, small, layer (CPUs) or 1b (a GPU of 80 GB)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns that each implementation has")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--warm", type=int, default=30, help="steps of training before")
