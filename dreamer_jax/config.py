@@ -218,8 +218,9 @@ class TrainConfig:
     """Compute type. Parameters and optimizer state are float32 in either case."""
     remat: Literal["none", "full", "selective", "products"] = "full"
     """What the backward pass recomputes: 'none': nothing. 'full': every layer, from its input. 'selective': all but
-    SA's outputs (with the attention backends 'native', 'blocks' and 'splash'). 'products': no matrix product either
-    (but those inside of the grouped matmul backend 'blocks'). Routing decisions are never recomputed."""
+    SA's outputs (with the attention backends 'native', 'blocks', 'splash' and 'tokamax'). 'products': no matrix
+    product either (but those inside of the grouped matmul backend 'blocks', and in plain JAX the routers' logits).
+    Routing decisions are never recomputed."""
     max_bad_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient (each is skipped and counted) before the run stops."""
     validate_every: int = 200

@@ -34,9 +34,8 @@ struct Shape {
 // visit(t, n) for every query.
 template <class Visit>
 void for_queries(ffi::ThreadPool& pool, const Shape& s, const Visit& visit) {
-  share_out(pool, (s.tokens + kTokens - 1) / kTokens, [&](int64_t i) {
-    for (int64_t t = i * kTokens; t < std::min((i + 1) * kTokens, s.tokens); ++t)
-      for (int64_t n = 0; n < s.N; ++n) visit(t, n);
+  share_out_parts(pool, s.tokens, kTokens, [&](int64_t t, int64_t) {
+    for (int64_t n = 0; n < s.N; ++n) visit(t, n);
   });
 }
 

@@ -252,14 +252,12 @@ ffi::Error swiglu_gradients(ffi::ThreadPool pool, Floats x, Floats scores, Float
 // The sum of each token's rows: rows [T A, D], inverse [T A] (where a choice's row lies), y [T, D]
 ffi::Error collect(ffi::ThreadPool pool, Floats rows, Counts inverse, Result y) {
   const int64_t T = y->dimensions()[0], D = y->dimensions()[1], A = T ? inverse.element_count() / T : 0;
-  share_out(pool, (T + kRows - 1) / kRows, [&](int64_t i) {
-    for (int64_t t = i * kRows; t < std::min((i + 1) * kRows, T); ++t) {
-      float* total = y->typed_data() + t * D;
-      std::copy_n(rows.typed_data() + inverse.typed_data()[t * A] * D, D, total);
-      for (int64_t a = 1; a < A; ++a) {
-        const float* row = rows.typed_data() + inverse.typed_data()[t * A + a] * D;
-        for (int64_t d = 0; d < D; ++d) total[d] += row[d];
-      }
+  share_out_parts(pool, T, kRows, [&](int64_t t, int64_t) {
+    float* total = y->typed_data() + t * D;
+    std::copy_n(rows.typed_data() + inverse.typed_data()[t * A] * D, D, total);
+    for (int64_t a = 1; a < A; ++a) {
+      const float* row = rows.typed_data() + inverse.typed_data()[t * A + a] * D;
+      for (int64_t d = 0; d < D; ++d) total[d] += row[d];
     }
   });
   return ffi::Error::Success();

@@ -59,14 +59,6 @@ void head_backward(const float* x, const float* d_y, const float* w, Angles angl
   for (int64_t h = 0; h < H; ++h) d_x[h] = r * (d[h] - x[h] * along);
 }
 
-// visit(t, part) for every token; those of one part belong to one thread.
-template <class Visit>
-void for_tokens(ffi::ThreadPool& pool, int64_t tokens, const Visit& visit) {
-  share_out(pool, (tokens + kTokens - 1) / kTokens, [&](int64_t i) {
-    for (int64_t t = i * kTokens; t < std::min((i + 1) * kTokens, tokens); ++t) visit(t, i);
-  });
-}
-
 // Sums of a number of gradients [H], each part's own and at the end all in order: the same from run to run.
 class Sums {
  public:
@@ -88,7 +80,7 @@ class Sums {
 
 ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats cos, Floats sin, Result y, float epsilon) {
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], H = x.dimensions()[2];
-  for_tokens(pool, tokens, [&](int64_t t, int64_t) {
+  share_out_parts(pool, tokens, kTokens, [&](int64_t t, int64_t) {
     const Angles angles(cos, sin, t);
     for (int64_t n = t * heads; n < (t + 1) * heads; ++n)
       head_forward(x.typed_data() + n * H, weight.typed_data(), angles, H, epsilon, y->typed_data() + n * H);
@@ -100,7 +92,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats weight, Floats cos, F
                     Result d_weight, float epsilon) {
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], H = x.dimensions()[2];
   Sums sums(tokens, 1, H);
-  for_tokens(pool, tokens, [&](int64_t t, int64_t part) {
+  share_out_parts(pool, tokens, kTokens, [&](int64_t t, int64_t part) {
     const Angles angles(cos, sin, t);
     for (int64_t n = t * heads; n < (t + 1) * heads; ++n)
       head_backward(x.typed_data() + n * H, d_y.typed_data() + n * H, weight.typed_data(), angles, H, epsilon,
@@ -115,7 +107,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats weight, Floats cos, F
 ffi::Error fused_forward(ffi::ThreadPool pool, Floats fused, Floats q_weight, Floats k_weight, Floats cos, Floats sin,
                          Result q, Result k, Result v, float epsilon) {
   const int64_t tokens = q->dimensions()[0], N = q->dimensions()[1], K = k->dimensions()[1], H = q->dimensions()[2];
-  for_tokens(pool, tokens, [&](int64_t t, int64_t) {
+  share_out_parts(pool, tokens, kTokens, [&](int64_t t, int64_t) {
     const Angles angles(cos, sin, t);
     const float* in = fused.typed_data() + t * (N + 2 * K) * H;
     for (int64_t n = 0; n < N; ++n, in += H)
@@ -132,7 +124,7 @@ ffi::Error fused_backward(ffi::ThreadPool pool, Floats fused, Floats q_weight, F
                           float epsilon) {
   const int64_t tokens = d_q.dimensions()[0], N = d_q.dimensions()[1], K = d_k.dimensions()[1], H = d_q.dimensions()[2];
   Sums sums(tokens, 2, H);
-  for_tokens(pool, tokens, [&](int64_t t, int64_t part) {
+  share_out_parts(pool, tokens, kTokens, [&](int64_t t, int64_t part) {
     const Angles angles(cos, sin, t);
     const float* in = fused.typed_data() + t * (N + 2 * K) * H;
     float *d_in = d_fused->typed_data() + t * (N + 2 * K) * H, *d = scratch<0>(H);

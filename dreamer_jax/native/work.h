@@ -34,6 +34,14 @@ void share_out(xla::ffi::ThreadPool& pool, int64_t count, const Unit& unit) {
   while (job->done.load() < count) std::this_thread::yield();
 }
 
+// visit(i, part) for every i in [0, count); `size` of them at a time, a part, belong to one thread.
+template <class Visit>
+void share_out_parts(xla::ffi::ThreadPool& pool, int64_t count, int64_t size, const Visit& visit) {
+  share_out(pool, (count + size - 1) / size, [&](int64_t part) {
+    for (int64_t i = part * size; i < std::min((part + 1) * size, count); ++i) visit(i, part);
+  });
+}
+
 // Scratch memory of this thread, kept between calls: `Use` tells apart what is needed at the same time.
 template <int Use>
 float* scratch(int64_t size) {
