@@ -42,8 +42,8 @@ def measure_reading(prepared: Prepared, config: Config, count: int) -> None:
     print(f"first batch, a million steps on: {wall:.2f} s")
     found, wall, cpu = timed(lambda: list(itertools.islice(stream, count)))
     stream.close()
-    tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in found)
-    places = sum(batch["tokens"].size for batch in found)
+    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in found)
+    places = sum(batch.tokens.size for batch in found)
     print(
         f"reading: {tokens / wall:,.0f} tokens/s, {tokens / cpu:,.0f} per processor second; {tokens / places:.1%} full"
     )

@@ -21,9 +21,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dreamer_jax.config import ModelConfig
+from dreamer_jax.config import (
+    DepthAttentionConfig,
+    ExpertAttentionConfig,
+    ModelConfig,
+    RouterConfig,
+    SequenceAttentionConfig,
+)
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model import dreamer, recurrence
-from dreamer_jax.model.dreamer import Compute, Dreamer
+from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import RouterBias
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 
@@ -32,39 +39,46 @@ ROWS, CONTEXT = 2, 256
 
 def config_of(depth: int) -> ModelConfig:
     return ModelConfig(
-        depth=depth, width=128, vocab=512, query_heads=2, kv_heads=1, head_size=64, da_head_size=128, router_size=32,
-        experts=16, active_experts=2, expert_width=64, attention_experts=4,
-    )  # fmt: skip
+        depth=depth,
+        width=128,
+        vocab=512,
+        sa=SequenceAttentionConfig(query_heads=2, kv_heads=1, head_size=64),
+        da=DepthAttentionConfig(head_size=128),
+        ea=ExpertAttentionConfig(experts=16, active_experts=2, expert_width=64),
+        router=RouterConfig(size=32, attention_experts=4),
+    )
 
 
 def plain_scan(checkpointed: bool):
     """A drop-in for depth_scan that leaves differentiation to JAX."""
 
-    def scan(body, shared, stacked, constants, x, entry, *, depth, remat):
-        run = recurrence._remat(body, "full") if checkpointed else body
+    def scan(body, kernels, shared, stacked, constants, x, row, carried, *, depth, remat):
+        one_depth = recurrence._handing_on(body, kernels)
+        run = recurrence._remat(one_depth, "full") if checkpointed else one_depth
 
         def step(carry, inputs):
-            x, cache = carry
+            x, cache, carried = carry
             l, own = inputs
-            x, new, aux, _ = run(shared, own, constants, x, cache, l)
-            return (x, recurrence._put(cache, new, l)), aux
+            (x, new, _), (carried, aux) = run(shared, own, constants, x, cache, carried, l)
+            return (x, recurrence._put(cache, new, l), carried), aux
 
-        cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
-        (x, _), aux = lax.scan(step, (x, cache), (jnp.arange(depth), stacked))
-        return x, aux
+        cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), row)
+        (x, _, carried), aux = lax.scan(step, (x, cache, carried), (jnp.arange(depth), stacked))
+        return x, carried, aux
 
     return scan
 
 
-def unrolled(body, shared, stacked, constants, x, entry, *, depth, remat):
-    cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
+def unrolled(body, kernels, shared, stacked, constants, x, row, carried, *, depth, remat):
+    one_depth = recurrence._handing_on(body, kernels)
+    cache = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), row)
     auxs = []
     for l in range(depth):
         own = jax.tree.map(lambda a, l=l: a[l], stacked)
-        x, new, aux, _ = body(shared, own, constants, x, cache, jnp.asarray(l))
+        (x, new, _), (carried, aux) = one_depth(shared, own, constants, x, cache, carried, jnp.asarray(l))
         cache = recurrence._put(cache, new, jnp.asarray(l))
         auxs.append(aux)
-    return x, jax.tree.map(lambda *a: jnp.stack(a), *auxs)
+    return x, carried, jax.tree.map(lambda *a: jnp.stack(a), *auxs)
 
 
 FORMS = {
@@ -86,7 +100,7 @@ def gradient_function(config: ModelConfig, remat: str):
 
     def loss(params):
         model = nnx.merge(graph, params, biases)
-        hidden, _, _ = model(tokens, positions, segments, Compute(remat=remat))
+        hidden = model(tokens, positions, segments, Compute(remat=remat)).hidden
         return cross_entropy_sum(hidden, model.lm_head[...], targets, weights) / jnp.sum(weights)
 
     return jax.jit(jax.grad(loss)), params

@@ -2,10 +2,10 @@
 
     python benchmarks/grouped_matmul.py [--tokens 4096] [--runs 3]
 
-Times the CPU's backends against one dense product of equal FLOPs, forward and forward + backward, in interleaved runs,
-and prints the medians and their ratios to the dense form's. Groups are drawn at random: "even" from equal experts,
-"skewed" from experts of exponentially distributed popularity. "decode" is one token: its forward time must not grow
-with E (its gradient, as large as the weights, is no part of decoding). About 3 GB and a minute on two cores.
+Times the CPU's implementations against one dense product of equal FLOPs, forward and forward + backward, in interleaved
+runs, and prints the medians and their ratios to the dense form's. Groups are drawn at random: "even" from equal
+experts, "skewed" from experts of exponentially distributed popularity. "decode" is one token: its forward time must not
+grow with E (its gradient, as large as the weights, is no part of decoding). About 3 GB and a minute on two cores.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer_jax.model.grouped_matmul import grouped_matmul, grouped_swiglu
+from dreamer_jax.kernels.compute import implementation
 
 D, F, ACTIVE = 256, 128, 8
-BACKENDS = ("native", "blocks")
+IMPLEMENTATIONS = ("native", "plain")
 
 
 def group_sizes(rng, rows, experts, skewed=False):
@@ -27,9 +27,9 @@ def group_sizes(rng, rows, experts, skewed=False):
     return jnp.asarray(rng.multinomial(rows, popularity / popularity.sum()), jnp.int32)
 
 
-def swiglu(x, w_gate_up, w_down, sizes, backend):
+def swiglu(x, w_gate_up, w_down, sizes, name):
     scores = jnp.ones((x.shape[0], 1), jnp.float32)
-    return grouped_swiglu(x, scores, w_gate_up, w_down, sizes, backend=backend)
+    return implementation(name).sorted_swiglu(x, scores, w_gate_up, w_down, sizes)
 
 
 def dense_swiglu(x, w_gate_up, w_down, sizes):
@@ -37,18 +37,19 @@ def dense_swiglu(x, w_gate_up, w_down, sizes):
     return (jax.nn.silu(gate) * up) @ w_down[0]
 
 
-def matmul(x, w, sizes, backend):
-    return grouped_matmul(x, w, sizes, backend=backend)
+def linear(x, w, ids, name):
+    run = implementation(name)
+    return run.linear(x, jnp.ones(x.shape[0], jnp.float32), w, None, run.plan(ids, w.shape[0]))[0]
 
 
-def dense_matmul(x, w, sizes):
+def dense_linear(x, w, ids):
     return x @ w[0]
 
 
 def forward_and_backward(f):
     def both(*args):
-        *arrays, sizes = args
-        y, vjp = jax.vjp(lambda *arrays: f(*arrays, sizes), *arrays)
+        *arrays, integers = args
+        y, vjp = jax.vjp(lambda *arrays: f(*arrays, integers), *arrays)
         return vjp(y)
 
     return both
@@ -67,10 +68,10 @@ def interleaved_medians(programs, args, runs):
 
 
 def compare(title, dense, ours, args, runs, passes=(lambda f: f, forward_and_backward)):
-    """Print one line: the time of the dense form and of our backends, with their ratios to it, for each pass."""
+    """Print one line: the time of the dense form and of our implementations, with their ratios to it, for each pass."""
     cells = []
     for wrap in passes:
-        forms = {"dense": dense} | {backend: partial(ours, backend=backend) for backend in BACKENDS}
+        forms = {"dense": dense} | {name: partial(ours, name=name) for name in IMPLEMENTATIONS}
         whole, *parts = interleaved_medians({name: jax.jit(wrap(f)) for name, f in forms.items()}, args, runs).values()
         cells.append(f"{whole * 1e3:8.1f}" + "".join(f" {part * 1e3:8.1f} ({part / whole:4.2f})" for part in parts))
     print(f"{title:34} {'   '.join(cells)}", flush=True)
@@ -84,7 +85,7 @@ def main():
     rng = np.random.default_rng(0)
     normal = partial(lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-2] ** -0.5))
 
-    head = f"{'dense':>8}" + "".join(f" {backend:>8} {'ratio':>6}" for backend in BACKENDS)
+    head = f"{'dense':>8}" + "".join(f" {name:>8} {'ratio':>6}" for name in IMPLEMENTATIONS)
     print(f"{'milliseconds':34} {'forward':^{len(head)}}   {'forward + backward':^{len(head)}}")
     print(f"{'':34} {head}   {head}")
     rows = options.tokens * ACTIVE
@@ -99,9 +100,10 @@ def main():
             f"SwiGLU A={ACTIVE} E={experts} decode", dense_swiglu, swiglu, args, options.runs, passes=(lambda f: f,)
         )
     for skewed in (False, True):
-        args = normal(options.tokens, D), normal(16, D, 512), group_sizes(rng, options.tokens, 16, skewed)
+        ids = np.repeat(np.arange(16, dtype=np.int32), group_sizes(rng, options.tokens, 16, skewed))
+        args = normal(options.tokens, D), normal(16, D, 512), jnp.asarray(rng.permutation(ids)[:, None])
         title = f"attention MoE A=1 E=16 {'skewed' if skewed else 'even'}"
-        compare(title, dense_matmul, matmul, args, options.runs)
+        compare(title, dense_linear, linear, args, options.runs)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,24 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+from sizes import VARIANTS
 
 from dreamer_jax import sharding
 from dreamer_jax.accounting.memory import SINGLE, training_memory
 from dreamer_jax.config import Config, load
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.training.ahead_of_time import abstract_batch
 from dreamer_jax.training.step import abstract_state, make_train_step
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
-VARIANTS = {"LA": (False, False), "DR": (True, False), "DR+DA": (True, True)}
 
 
 def varied(variant: str, remat: str, train: dict | None = None, **model) -> Config:
     """configs/tiny.py with these keys."""
-    tiny, (recurrent, attention) = load(TINY), VARIANTS[variant]
+    tiny = load(TINY)
     return replace(
         tiny,
-        model=replace(tiny.model, depth_recurrent=recurrent, depth_attention=attention, **model),
+        model=replace(tiny.model, **VARIANTS[variant], **model),
         train=replace(tiny.train, remat=remat, **(train or {})),
     )
 
@@ -49,7 +49,7 @@ def variations() -> dict[str, Config]:
     for name, model, train in (
         ("batch 8", {}, {"batch": 8}),
         ("microbatches 2", {}, {"microbatches": 2}),
-        ("experts 128", {"experts": 128}, {}),
+        ("experts 128", {"ea": replace(load(TINY).model.ea, experts=128)}, {}),
         ("vocab 4096", {"vocab": 4096}, {}),
     ):
         found[f"DR+DA, full, {name}"] = varied("DR+DA", "full", train, **model)

@@ -14,12 +14,15 @@ from sizes import configs
 
 from dreamer_jax import sharding
 from dreamer_jax.accounting.flops import training_flops
-from dreamer_jax.accounting.params import attention_weights, expert_weights, parameters, router_weights
+from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import Config
+from dreamer_jax.data.loader import Batch
+from dreamer_jax.dimensions.base import Weight
 from dreamer_jax.inference import engine
-from dreamer_jax.inference.cache import rows_for
 from dreamer_jax.inference.sample import Sampling, sequence_keys
-from dreamer_jax.model.dreamer import Compute, Dreamer
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.kernels.cores import use_cores
+from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.training.step import TrainState, init_state, make_train_step
 
 
@@ -66,15 +69,15 @@ def decode(config: Config, spec: dict[str, Any]) -> None:
     decoder, sampling = engine.prepare(model, compute), Sampling(0.0, 1.0)
     prompts = jnp.asarray(prompt_rows(spec))
     lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
-    keys, rows = sequence_keys(0, len(prompts)), rows_for(spec["longest"])
-    cache, tokens = engine._first(decoder, sampling, rows, prompts, lengths, keys)
+    keys, rows = sequence_keys(0, len(prompts)), engine.rows_for(spec["longest"])
+    caches, tokens = engine._first(decoder, sampling, rows, prompts, lengths, keys)
     positions = lengths
     about = {"tokens": len(prompts), "weight_bytes": weight_bytes(config, len(prompts)), "copy": copy_speed()}
-    cache_bytes = sum(a.nbytes for a in jax.tree.leaves(cache))
+    cache_bytes = sum(a.nbytes for a in jax.tree.leaves(caches))
 
     def take() -> None:
-        nonlocal cache, tokens, positions
-        cache, tokens = engine._next(decoder, sampling, cache, tokens, positions, keys)
+        nonlocal caches, tokens, positions
+        caches, tokens = engine._next(decoder, sampling, caches, tokens, positions, keys)
         positions = positions + 1
         tokens.block_until_ready()
 
@@ -91,13 +94,15 @@ def prompt_rows(spec: dict[str, Any]) -> np.ndarray:
 def weight_bytes(config: Config, batch: int) -> int:
     """Weights that one decoded token of each row reads, if rows choose different experts as long as there are any."""
     model, size = config.model, jnp.dtype(config.train.dtype).itemsize
-    routers = len(attention_weights(model)) * router_weights(model, model.linear_experts) * model.routed_attention
-    routers += router_weights(model, model.experts)
-    attention = sum(attention_weights(model).values()) * (
-        min(batch, model.linear_experts) if model.routed_attention else 1
+
+    def read(weight: Weight) -> int:
+        return weight.size if weight.active is None else min(batch * weight.active, weight.size)
+
+    layers = sum(
+        len(model.depths_of(name)) * sum(read(w) for w in section.weights(model, merged=True) if w.multiplies)
+        for name, section in model.dimensions.items()
     )
-    experts = expert_weights(model) * min(batch * model.active_experts, model.experts)
-    return size * (model.depth * (routers + attention + experts) + model.width * model.vocab)
+    return size * (layers + model.width * model.vocab)
 
 
 def copy_speed() -> float:
@@ -115,7 +120,7 @@ def copy_speed() -> float:
 
 def warm_step(config: Config, rows: np.ndarray) -> tuple[Any, TrainState, list[Any], float]:
     """(compiled step, first state, batches on the device, seconds to trace and compile) on all devices."""
-    sharding.use_cores(config)
+    use_cores(config)
     mesh = sharding.make_mesh(config.mesh)
     graph, state = init_state(config, mesh)
     batches = [_placed(mesh, part) for part in rows]
@@ -127,8 +132,8 @@ def warm_step(config: Config, rows: np.ndarray) -> tuple[Any, TrainState, list[A
 
 def _placed(mesh: Any, tokens: np.ndarray) -> Any:
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    batch = {"tokens": tokens, "positions": positions, "segment_ids": np.ones_like(tokens)}
-    return jax.device_put(batch | {"response_mask": np.ones(tokens.shape, bool)}, sharding.batch_sharding(mesh))
+    batch = Batch(tokens, positions, np.ones_like(tokens), np.ones(tokens.shape, bool))
+    return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
 def imbalance(counts: np.ndarray, shared: bool) -> float:

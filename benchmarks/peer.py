@@ -112,12 +112,12 @@ def made(name: str, config: Config, experts: str, dtype: torch.dtype) -> torch.n
         vocab_size=m.vocab,
         hidden_size=m.width,
         num_hidden_layers=m.depth,
-        num_attention_heads=m.query_heads,
-        num_key_value_heads=m.kv_heads,
-        head_dim=m.head_size,
-        moe_intermediate_size=m.expert_width,
-        intermediate_size=m.expert_width,
-        num_experts_per_tok=m.active_experts,
+        num_attention_heads=m.sa.query_heads,
+        num_key_value_heads=m.sa.kv_heads,
+        head_dim=m.sa.head_size,
+        moe_intermediate_size=m.ea.expert_width,
+        intermediate_size=m.ea.expert_width,
+        num_experts_per_tok=m.ea.active_experts,
         norm_topk_prob=True,
         max_position_embeddings=config.data.context,
         tie_word_embeddings=False,
@@ -126,12 +126,12 @@ def made(name: str, config: Config, experts: str, dtype: torch.dtype) -> torch.n
     )
     if name == "Qwen3Moe":
         made = transformers.Qwen3MoeConfig(
-            **shape, num_experts=m.experts, decoder_sparse_step=1, output_router_logits=True
+            **shape, num_experts=m.ea.experts, decoder_sparse_step=1, output_router_logits=True
         )
     else:
         made = transformers.Glm4MoeConfig(
-            **shape, n_routed_experts=m.experts, n_shared_experts=0, first_k_dense_replace=0, n_group=1, topk_group=1,
-            use_qk_norm=True, partial_rotary_factor=1.0,
+            **shape, n_routed_experts=m.ea.experts, n_shared_experts=0, first_k_dense_replace=0, n_group=1,
+            topk_group=1, use_qk_norm=True, partial_rotary_factor=1.0,
         )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(made, dtype=dtype)
 

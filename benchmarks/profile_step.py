@@ -25,9 +25,9 @@ from ours import copy_speed, imbalance, matmul_flops, warm_step
 from sizes import SIZES, VARIANTS, configs, learned_rows
 
 from dreamer_jax.accounting.flops import training_flops
-from dreamer_jax.accounting.params import parameters
+from dreamer_jax.accounting.params import exchanged_rows, parameters
 from dreamer_jax.config import Config
-from dreamer_jax.native.memory import restart_with_huge_pages
+from dreamer_jax.kernels.native.huge_pages import restart_with_huge_pages
 
 PARTS = (
     "projections",
@@ -42,6 +42,16 @@ PARTS = (
     "weights",
 )
 BRANCHES = ("sa", "da", "ea")
+PRODUCTS = {
+    "sa projections": "sa_projections",
+    "sa scores": "sa_attention",
+    "da projections": "da_projections",
+    "da scores": "da_attention",
+    "ea experts": "ea_experts",
+    "ea router": "ea_router",
+    "loss": "lm_head",
+}
+"""Components of accounting that are all of a part's matrix products."""
 CONTAINERS = ("while", "conditional", "call")
 HOLDER = "loops and branches"
 """Name of operations that only hold others."""
@@ -160,25 +170,14 @@ def component(name: str) -> str:
 def floors(config: Config, matmul: float, copy: float) -> dict[str, float]:
     """Least seconds of each component in a step."""
     model, tokens = config.model, config.train.batch * config.data.context
-    flops = {name: tokens * f / matmul for name, f in training_flops(model, config.data.context).by_component().items()}
+    products = training_flops(model, config.data.context).by_component()
+    seconds = {name: tokens * flops / matmul for name, flops in products.items()}
     size = jnp.dtype(config.train.dtype).itemsize
     # A row goes from token order to expert order and back, in both passes; each is read and written.
-    moved = tokens * model.depth * model.active_experts * model.width * size * 2 * 2 / copy
-    return {
-        "sa projections": flops["sa_projections"],
-        "sa scores": flops["sa_attention"],
-        "da projections": flops["da_projections"],
-        "da scores": flops["da_attention"],
-        "ea experts": flops["ea_experts"],
-        "ea router": flops["ea_router"],
-        "ea dispatch": moved,
-        "ea combine": moved,
-        "loss": flops["lm_head"],
-        "optimizer": parameters(model).total
-        * 4
-        * 7
-        / copy,  # weight, gradient, two moments in; all but the gradient out
-    }
+    moved = tokens * exchanged_rows(model) * model.width * size * 2 * 2 / copy
+    found = {part: seconds.get(name, 0.0) for part, name in PRODUCTS.items()}
+    # Of the optimizer: weight, gradient and two moments in, all but the gradient out.
+    return found | {"ea dispatch": moved, "ea combine": moved, "optimizer": parameters(model).total * 4 * 7 / copy}
 
 
 def report(config: Config, args: argparse.Namespace, seconds: float, load: float, found: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from dreamer_jax.accounting.flops import generated_flops, score_gradient_flops, 
 from dreamer_jax.accounting.hardware import GIB
 from dreamer_jax.accounting.match import match
 from dreamer_jax.accounting.memory import SINGLE, compute_bytes, table_1_memory, training_memory
-from dreamer_jax.accounting.params import parameters
+from dreamer_jax.accounting.params import exchanged_rows, parameters
 from dreamer_jax.config import Config, load
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -53,18 +53,18 @@ def sent(config: Config, mesh: Mapping[str, int]) -> dict[str, float]:
     of a shared expert is the sum of the routed ones' and does not travel.
     """
     size, count = compute_bytes(config), parameters(config.model)
+    of_experts, shared_experts = (count.components.get(name, 0) for name in ("ea_experts", "shared_experts"))
     tokens = config.tokens_per_step / math.prod(mesh.values())
     away = {axis: (devices - 1) / devices for axis, devices in mesh.items()}
     shared_out = mesh["fsdp"] * mesh["expert"]
     whole, experts = (shared_out - 1) / shared_out, away["expert"] / shared_out + away["fsdp"] / mesh["expert"]
-    weights = (count.total - count.ea_experts) * whole + count.ea_experts * experts
-    summed = 2 * (count.total - count.shared_experts) / shared_out * away["data"]
+    weights = (count.total - of_experts) * whole + of_experts * experts
+    summed = 2 * (count.total - shared_experts) / shared_out * away["data"]
     return {
-        "token exchange": 5 * tokens * config.model.active_experts * config.model.width * size * config.model.depth
-        * away["expert"],
+        "token exchange": 5 * tokens * exchanged_rows(config.model) * config.model.width * size * away["expert"],
         "weights": size * weights,
-        "gradients": 4 * (weights - count.shared_experts * whole + summed),
-    }  # fmt: skip
+        "gradients": 4 * (weights - shared_experts * whole + summed),
+    }
 
 
 # Tables
@@ -97,9 +97,9 @@ def print_matching() -> None:
         for variant in ("dr", "dr_da"):
             given = paper(f"{variant}_{baseline[-2:]}").model
             moves = match(given, paper(baseline).model)
-            walk = ", ".join(f"{m.config.expert_width}/{m.config.experts}" for m in moves)
+            walk = ", ".join(f"{m.config.ea.expert_width}/{m.config.ea.experts}" for m in moves)
             last = moves[-1]
-            theirs = f"{given.expert_width}/{given.experts}"
+            theirs = f"{given.ea.expert_width}/{given.ea.experts}"
             rows.append(
                 [
                     f"{variant}_{baseline[-2:]}",
@@ -129,9 +129,9 @@ def doubled(config: Config) -> dict[str, Config]:
     changed = {
         "L": replace(model, depth=2 * model.depth),
         "D": replace(model, width=2 * model.width),
-        "E": replace(model, experts=2 * model.experts),
-        "A": replace(model, active_experts=2 * model.active_experts),
-        "F": replace(model, expert_width=2 * model.expert_width),
+        "E": replace(model, ea=replace(model.ea, experts=2 * model.ea.experts)),
+        "A": replace(model, ea=replace(model.ea, active_experts=2 * model.ea.active_experts)),
+        "F": replace(model, ea=replace(model.ea, expert_width=2 * model.ea.expert_width)),
     }
     longer = replace(config, data=replace(config.data, context=2 * config.data.context))
     return {letter: replace(config, model=m) for letter, m in changed.items()} | {
@@ -170,7 +170,7 @@ def print_context() -> None:
     rows = []
     for context in (1024, 4096, 16384, 65536):
         flops = [training_flops(paper(name).model, context) for name in ("la_2b", "dr_da_2b")]
-        cells = [f"{count.total / 1e9:.2f} | {count.sa_attention / count.total:.0%}" for count in flops]
+        cells = [f"{count.total / 1e9:.2f} | {count.components['sa_attention'] / count.total:.0%}" for count in flops]
         rows.append([f"{context:,}", *cells])
     columns = ["T", "la_2b", "of it SA's scores", "dr_da_2b", "of it SA's scores"]
     table("Training GFLOPs per token against context", columns, rows)
@@ -211,8 +211,8 @@ def print_compiled() -> None:
     import jax
 
     from dreamer_jax import sharding
-    from dreamer_jax.model.dreamer import Compute
-    from dreamer_jax.model.expert_parallel import SLACK
+    from dreamer_jax.kernels.compute import Compute
+    from dreamer_jax.kernels.exchange import SLACK
     from dreamer_jax.training.ahead_of_time import abstract_batch
     from dreamer_jax.training.collectives import collectives
     from dreamer_jax.training.step import abstract_state, make_train_step
@@ -222,8 +222,8 @@ def print_compiled() -> None:
     tiny = replace(
         tiny, mesh=replace(tiny.mesh, **shape), train=replace(tiny.train, batch=16, microbatches=2, remat="full")
     )
-    for recurrent, attention in ((False, False), (True, True)):
-        model = replace(tiny.model, depth_recurrent=recurrent, depth_attention=attention)
+    for recurrent, mixture in ((False, ("sa", "ea")), (True, ("da+sa", "ea"))):
+        model = replace(tiny.model, depth_recurrent=recurrent, mixture=mixture)
         config = replace(tiny, model=model)
         mesh = sharding.make_mesh(config.mesh, jax.devices())
         graph, state = abstract_state(config, mesh)

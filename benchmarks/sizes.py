@@ -2,33 +2,69 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dreamer_jax.accounting.match import match
-from dreamer_jax.config import Config, DataConfig, KernelConfig, ModelConfig, OptimizerConfig, TrainConfig, load
+from dreamer_jax.config import (
+    Config,
+    DataConfig,
+    DepthAttentionConfig,
+    ExpertAttentionConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    SequenceAttentionConfig,
+    TrainConfig,
+    load,
+)
 from dreamer_jax.data.builder import prepare
 from dreamer_jax.data.loader import batches
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIZES = ("tiny", "small", "layer", "1b")
-VARIANTS = {"LA": (False, False), "DR": (True, False), "DR+DA": (True, True)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LA": {"depth_recurrent": False, "mixture": ("sa", "ea")},
+    "DR": {"depth_recurrent": True, "mixture": ("sa", "ea")},
+    "DR+DA": {"depth_recurrent": True, "mixture": ("da+sa", "ea")},
+}
+"""Keys of the model."""
 
 _BASES = {
     "tiny": ModelConfig(
-        depth_recurrent=False, depth_attention=False, depth=8, width=128, vocab=1024, query_heads=4, kv_heads=2,
-        head_size=32, da_head_size=32, router_size=32, experts=8, active_experts=4, expert_width=128,
+        **VARIANTS["LA"],
+        depth=8,
+        width=128,
+        vocab=1024,
+        sa=SequenceAttentionConfig(query_heads=4, kv_heads=2, head_size=32),
+        da=DepthAttentionConfig(head_size=32),
+        ea=ExpertAttentionConfig(experts=8, active_experts=4, expert_width=128),
+        router=RouterConfig(size=32),
     ),
     "small": ModelConfig(
-        depth_recurrent=False, depth_attention=False, depth=8, width=256, vocab=1024, query_heads=8, kv_heads=4,
-        head_size=32, da_head_size=64, router_size=64, experts=16, active_experts=4, expert_width=128,
+        **VARIANTS["LA"],
+        depth=8,
+        width=256,
+        vocab=1024,
+        sa=SequenceAttentionConfig(query_heads=8, kv_heads=4, head_size=32),
+        da=DepthAttentionConfig(head_size=64),
+        ea=ExpertAttentionConfig(experts=16, active_experts=4, expert_width=128),
+        router=RouterConfig(size=64),
     ),
     # The 1B models' layer, all 16 depths of it, with few experts and words: their proportions on a CPU.
     "layer": ModelConfig(
-        depth_recurrent=False, depth_attention=False, depth=16, width=1024, vocab=1024, query_heads=16, kv_heads=8,
-        head_size=128, da_head_size=128, router_size=128, experts=8, active_experts=8, expert_width=512,
+        **VARIANTS["LA"],
+        depth=16,
+        width=1024,
+        vocab=1024,
+        sa=SequenceAttentionConfig(query_heads=16, kv_heads=8, head_size=128),
+        da=DepthAttentionConfig(head_size=128),
+        ea=ExpertAttentionConfig(experts=8, active_experts=8, expert_width=512),
+        router=RouterConfig(size=128),
     ),
-}  # fmt: skip
+}
 """LA's shape; DR and DR+DA are sized after it (3.8)."""
 _ROWS = {"tiny": 4, "small": 4, "layer": 2, "1b": 8}
 _FILES = {"LA": "la_1b.py", "DR": "dr_1b.py", "DR+DA": "dr_da_1b.py"}
@@ -45,11 +81,9 @@ def _config(size: str, variant: str) -> Config:
         train = replace(config.train, batch=_ROWS[size], microbatches=1, dtype="bfloat16", remat="products")
         return replace(config, train=train)
     base = _BASES[size]
-    recurrent, attention = VARIANTS[variant]
-    model = base
-    if recurrent:
-        wanted = replace(base, depth_recurrent=recurrent, depth_attention=attention)
-        model = match(wanted, base, tolerance=0.05)[-1].config
+    model = replace(base, **VARIANTS[variant])
+    if model.depth_recurrent:
+        model = match(model, base, tolerance=0.05)[-1].config
     return Config(
         name=f"speed-{size}",
         model=model,
@@ -70,7 +104,7 @@ def learned_rows(rows: int, context: int, steps: int) -> np.ndarray:
     found: list[np.ndarray] = []
     wanted = steps * rows * context
     for batch in batches(prepare(config), config, split="train", start_step=0):
-        found.append(batch["tokens"][batch["segment_ids"] > 0])
+        found.append(batch.tokens[batch.segment_ids > 0])
         if sum(len(part) for part in found) >= wanted:
             break
     return np.concatenate(found)[:wanted].reshape(steps, rows, context).astype(np.int32)

@@ -29,7 +29,7 @@ from pathlib import Path
 from contestant import Contestant
 from sizes import SIZES
 
-from dreamer_jax.native.memory import with_huge_pages
+from dreamer_jax.kernels.native.huge_pages import with_huge_pages
 
 HERE = Path(__file__).resolve().parent
 OURS = ("LA", "DR", "DR+DA")

@@ -19,4 +19,5 @@ from dreamer_jax.config import Config
 def get_config() -> Config:
     """Table 3, column DR (16): what differs from LA (16)."""
     base = runpy.run_path(str(Path(__file__).with_name("la_1b.py")))["get_config"]()
-    return replace(base, name="dr_1b", model=replace(base.model, depth_recurrent=True, expert_width=504, experts=517))
+    experts = replace(base.model.ea, experts=517, expert_width=504)
+    return replace(base, name="dr_1b", model=replace(base.model, depth_recurrent=True, ea=experts))

@@ -19,6 +19,5 @@ from dreamer_jax.config import Config
 def get_config() -> Config:
     """Table 3, column DR (32): what differs from LA (16)."""
     base = runpy.run_path(str(Path(__file__).with_name("la_1b.py")))["get_config"]()
-    return replace(
-        base, name="dr_2b", model=replace(base.model, depth=32, depth_recurrent=True, expert_width=504, experts=1039)
-    )
+    experts = replace(base.model.ea, experts=1039, expert_width=504)
+    return replace(base, name="dr_2b", model=replace(base.model, depth=32, depth_recurrent=True, ea=experts))

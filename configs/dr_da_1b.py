@@ -19,8 +19,7 @@ from dreamer_jax.config import Config
 def get_config() -> Config:
     """Table 3, column DR+DA (16): what differs from LA (16)."""
     base = runpy.run_path(str(Path(__file__).with_name("la_1b.py")))["get_config"]()
+    experts = replace(base.model.ea, experts=537, expert_width=480)
     return replace(
-        base,
-        name="dr_da_1b",
-        model=replace(base.model, depth_recurrent=True, depth_attention=True, expert_width=480, experts=537),
+        base, name="dr_da_1b", model=replace(base.model, depth_recurrent=True, mixture=("da+sa", "ea"), ea=experts)
     )

@@ -19,8 +19,9 @@ from dreamer_jax.config import Config
 def get_config() -> Config:
     """Table 3, column DR+DA (32): what differs from LA (16)."""
     base = runpy.run_path(str(Path(__file__).with_name("la_1b.py")))["get_config"]()
+    experts = replace(base.model.ea, experts=1097, expert_width=472)
     return replace(
         base,
         name="dr_da_2b",
-        model=replace(base.model, depth=32, depth_recurrent=True, depth_attention=True, expert_width=472, experts=1097),
+        model=replace(base.model, depth=32, depth_recurrent=True, mixture=("da+sa", "ea"), ea=experts),
     )

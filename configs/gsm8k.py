@@ -11,7 +11,19 @@ Hardware: a laptop's CPU; on an accelerator, give it more: --model.width 512 --m
 Expected result: 2.4 million parameters; the README has the held-out loss of 400 steps.
 """
 
-from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Source, TrainConfig
+from dreamer_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DepthAttentionConfig,
+    ExpertAttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    SequenceAttentionConfig,
+    Source,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -22,11 +34,10 @@ def get_config() -> Config:
             depth=4,
             width=128,
             vocab=2048,
-            head_size=32,
-            da_head_size=32,
-            router_size=32,
-            experts=64,
-            expert_width=64,
+            sa=SequenceAttentionConfig(head_size=32),
+            da=DepthAttentionConfig(head_size=32),
+            ea=ExpertAttentionConfig(experts=64, expert_width=64),
+            router=RouterConfig(size=32),
         ),
         data=DataConfig(
             root="$DREAMER_DATA",

@@ -20,7 +20,19 @@ They hold a few million tokens: 100B of them would only be learned by heart.
 
 import math
 
-from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Source, TrainConfig
+from dreamer_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DepthAttentionConfig,
+    ExpertAttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    SequenceAttentionConfig,
+    Source,
+    TrainConfig,
+)
 
 CONTEXT = 4096
 BATCH_TOKENS = 2**20
@@ -33,18 +45,14 @@ def get_config() -> Config:
         name="la_1b",
         model=ModelConfig(
             depth_recurrent=False,
-            depth_attention=False,
+            mixture=("sa", "ea"),
             depth=16,
             width=1024,
             vocab=128_256,
-            query_heads=16,
-            kv_heads=8,
-            head_size=128,
-            da_head_size=128,
-            router_size=128,
-            experts=32,
-            active_experts=8,
-            expert_width=512,
+            sa=SequenceAttentionConfig(query_heads=16, kv_heads=8, head_size=128),
+            da=DepthAttentionConfig(head_size=128),
+            ea=ExpertAttentionConfig(experts=32, active_experts=8, expert_width=512),
+            router=RouterConfig(size=128),
         ),
         data=DataConfig(
             sources=(

@@ -7,7 +7,19 @@ Expected result: see README for the loss; it lies far below the unigram entropy 
 sample at the end shows the worked-answer format of grade-school exercises.
 """
 
-from dreamer_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Source, TrainConfig
+from dreamer_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DepthAttentionConfig,
+    ExpertAttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    SequenceAttentionConfig,
+    Source,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -18,11 +30,10 @@ def get_config() -> Config:
             depth=4,
             width=128,
             vocab=1024,
-            head_size=32,
-            da_head_size=32,
-            router_size=32,
-            experts=32,
-            expert_width=64,
+            sa=SequenceAttentionConfig(head_size=32),
+            da=DepthAttentionConfig(head_size=32),
+            ea=ExpertAttentionConfig(experts=32, expert_width=64),
+            router=RouterConfig(size=32),
         ),
         data=DataConfig(
             sources=(

@@ -17,101 +17,15 @@ from typing import Any, Literal
 
 import tyro
 
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the message names the key and the mend."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model's shape (sections 3.3 to 3.7; Table 3). Letters are those of the einsums."""
-
-    depth_recurrent: bool = True
-    """DR: one layer iterated over depth, attention projections as MoEs (3.7). Off: LA, distinct classic layers."""
-    depth_attention: bool = True
-    """DA: attention over the token's own earlier depths (3.4)."""
-    mixture: Literal["sequential", "attention_parallel", "parallel"] = "attention_parallel"
-    """How DA, SA and EA combine: Eq. 4, Eq. 5 or Eq. 6."""
-    depth: int = 8
-    """L: number of layers, or of iterations of the one layer."""
-    width: int = 256
-    """D: hidden size."""
-    vocab: int = 2048
-    """V: rows of the embedding; at least the tokenizer's size."""
-    query_heads: int = 4
-    """N: query heads of SA."""
-    kv_heads: int = 2
-    """K: key/value heads of SA; divides N."""
-    head_size: int = 64
-    """H: head size of SA."""
-    rope_base: float = 10_000.0
-    """RoPE base over sequence positions (SA)."""
-    da_heads: int = 1
-    """Query heads of DA."""
-    da_kv_heads: int = 1
-    """Key/value heads of DA; divides da_heads."""
-    da_head_size: int = 64
-    """Head size of DA; a multiple of 4, because half of its RoPE frequencies run in reverse."""
-    depth_rope_base: float = 500.0
-    """RoPE base over depths (DA and all routers)."""
-    router_size: int = 64
-    """R: query/key size of the routers; a multiple of 4."""
-    experts: int = 64
-    """E: experts of EA (in each layer for LA, over all depths for DR)."""
-    active_experts: int = 4
-    """A: experts a token selects at each depth."""
-    expert_width: int = 128
-    """F: intermediate size of an expert's SwiGLU."""
-    attention_experts: int = 0
-    """M: linear experts of each attention MoE (DR); 0 means as many as the depth, as in the paper."""
-    norm_epsilon: float = 1e-6
-    """Added to the mean square in every RMSNorm."""
-
-    def __post_init__(self) -> None:
-        """Check what no single key shows."""
-        sizes = ["depth", "width", "vocab", "query_heads", "kv_heads", "head_size", "da_heads", "da_kv_heads"]
-        sizes += ["da_head_size", "router_size", "experts", "active_experts", "expert_width"]
-        for key in sizes:
-            _require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be at least 1")
-        for heads, kv in (("query_heads", "kv_heads"), ("da_heads", "da_kv_heads")):
-            _require(
-                getattr(self, heads) % getattr(self, kv) == 0,
-                f"model.{heads} = {getattr(self, heads)} is not a multiple of model.{kv} = {getattr(self, kv)}",
-            )
-        _require(self.head_size % 2 == 0, f"model.head_size = {self.head_size}: RoPE needs an even size")
-        for key in ("da_head_size", "router_size"):
-            value = getattr(self, key)
-            _require(value % 4 == 0, f"model.{key} = {value}: half of the depth RoPE is reversed, use a multiple of 4")
-        _require(
-            self.active_experts <= self.experts,
-            f"model.active_experts = {self.active_experts} exceeds model.experts = {self.experts}",
-        )
-        _require(self.attention_experts >= 0, "model.attention_experts: must be 0 (as many as the depth) or more")
-
-    @property
-    def routed_attention(self) -> bool:
-        """Whether the attention projections are MoEs: in DR, and only there."""
-        return self.depth_recurrent
-
-    @property
-    def linear_experts(self) -> int:
-        """M: experts of each attention MoE."""
-        return self.attention_experts or self.depth
-
-    @property
-    def attention_dims(self) -> int:
-        """Attention dimensions whose outputs add to the residual: SA and EA, and DA when it is on."""
-        return 3 if self.depth_attention else 2
-
-    @property
-    def variant(self) -> str:
-        """LA, LA+DA, DR or DR+DA."""
-        return ("DR" if self.depth_recurrent else "LA") + ("+DA" if self.depth_attention else "")
+from dreamer_jax.dimensions.base import ConfigError as ConfigError
+from dreamer_jax.dimensions.base import RouterConfig as RouterConfig
+from dreamer_jax.dimensions.base import require as _require
+from dreamer_jax.model_config import DepthAttentionConfig as DepthAttentionConfig
+from dreamer_jax.model_config import ExpertAttentionConfig as ExpertAttentionConfig
+from dreamer_jax.model_config import LatentAttentionConfig as LatentAttentionConfig
+from dreamer_jax.model_config import ModelConfig, migrated
+from dreamer_jax.model_config import ParameterAttentionConfig as ParameterAttentionConfig
+from dreamer_jax.model_config import SequenceAttentionConfig as SequenceAttentionConfig
 
 
 @dataclass(frozen=True)
@@ -218,8 +132,7 @@ class TrainConfig:
     """Compute type. Parameters and optimizer state are float32 in either case."""
     remat: Literal["none", "full", "selective", "products"] = "full"
     """What the backward pass recomputes: 'none': nothing. 'full': every layer, from its input. 'selective': all but
-    SA's outputs (with the attention backends 'native', 'blocks', 'splash' and 'tokamax'). 'products': no matrix
-    product either (but those inside of the grouped matmul backend 'blocks', and in plain JAX the routers' logits).
+    SA's outputs. 'products': no matrix product either (in plain JAX but those of experts and of the routers' logits).
     Routing decisions are never recomputed."""
     max_bad_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient (each is skipped and counted) before the run stops."""
@@ -240,10 +153,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Implementations; 'auto' chooses by platform."""
+    """How operations are computed; 'auto' chooses by platform."""
 
-    attention: Literal["auto", "native", "blocks", "cudnn", "tokamax", "splash", "dense"] = "auto"
-    grouped_matmul: Literal["auto", "native", "blocks", "tokamax", "megablox", "dense"] = "auto"
+    implementation: Literal["auto", "native", "plain", "gpu", "tpu", "reference"] = "auto"
+    """C++ for CPUs in float32, plain JAX for any platform, kernels for NVIDIA GPUs, kernels for TPUs, or the slow forms
+    that tests compare with."""
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"
     """How rows travel to the devices that hold their experts (mesh.expert > 1)."""
 
@@ -377,6 +291,10 @@ def from_json(text: str) -> Config:
 
 def from_dict(cls: Any, values: dict[str, Any], where: str = "") -> Any:
     """Build dataclass `cls` from nested dicts and lists; `where` prefixes the keys in errors."""
+    if cls is ModelConfig:
+        values = migrated(values)
+    elif cls is KernelConfig:
+        values = {key: value for key, value in values.items() if key not in ("attention", "grouped_matmul")}
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         nearest = difflib.get_close_matches(key, known, n=1)

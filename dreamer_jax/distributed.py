@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dreamer_jax.config import DistributedConfig
@@ -38,13 +38,25 @@ SLOW = 10
 """Allowance of what compiles or writes much (the first step, a validation, a checkpoint), in units of hang_s."""
 LINGER_SECONDS = 2.0
 """How long process 0 outlives a failure: the others hear of it through the service that it hosts."""
+VISIBLE_SECONDS = 60.0
+"""How long a network file system may take to show one machine what another has written."""
 HUNG = "no step finished for"
 END = "dreamer/end"
 DAY_MS = 24 * 3600 * 1000
 
 
 class DistributedError(RuntimeError):
-    """Processes that cannot come together; the message names the cause and the mend."""
+    """Processes that cannot come together; the message names the cause and the fix."""
+
+
+def becomes_visible(there: Callable[[], bool]) -> bool:
+    """Wait until `there()`, which looks at a file that another process has written; False if it does not come."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 class Group:

@@ -29,6 +29,8 @@ class Arguments:
     """Longest answer, in tokens."""
     seed: int = 0
     """The same seed, prompts and settings give the same answers."""
+    depth: int | None = None
+    """How many depths run; without it as many as in training. A recurrent model runs at any depth."""
     stop: tuple[str, ...] = ()
     """Text before which an answer ends. May be given several times."""
 
@@ -53,19 +55,19 @@ def run(arguments: Arguments) -> int:
     from dreamer_jax.data.tokenizer import load_tokenizer
     from dreamer_jax.inference import engine
     from dreamer_jax.inference.sample import GenerationError, Sampling
-    from dreamer_jax.model.dreamer import Compute
+    from dreamer_jax.kernels.compute import Compute
     from dreamer_jax.training.checkpoint import load_model
 
     sampling = Sampling(arguments.temperature, arguments.top_p)
     if not arguments.prompt or not all(prompt.strip() for prompt in arguments.prompt):
         raise GenerationError('a prompt is empty or absent: give --prompt "..."')
     loaded = load_model(arguments.checkpoint)
-    tokenizer = load_tokenizer(loaded.tokenizer_path)
+    tokenizer = load_tokenizer(loaded.known_tokenizer)
     prompts = [[tokenizer.bos, *tokenizer.encode(render_prompt(prompt))] for prompt in arguments.prompt]
     _warn_of_length(max(map(len, prompts)), arguments.max_tokens, loaded.config.data.context)
     answers = Answers(tokenizer, arguments.prompt, arguments.stop)
     compute = dataclasses.replace(Compute.of(loaded.config), remat="none")
-    decoder = engine.prepare(loaded.model, compute)
+    decoder = engine.prepare(loaded.model, compute, depth=arguments.depth)
     engine.complete(
         decoder, prompts, sampling, max_tokens=arguments.max_tokens, seed=arguments.seed, on_token=answers.add
     )

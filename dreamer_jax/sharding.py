@@ -6,7 +6,6 @@ parameters into the layout that the loop reads: whole but for the experts, of wh
 holds its part. Its transpose sums the gradients over devices and splits them again.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dreamer_jax.config import Config, ConfigError, MeshConfig
-from dreamer_jax.native import library
+from dreamer_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert")
 """Mesh axes, slowest links first. All of them split the batch; fsdp and expert split parameters at rest, too."""
@@ -33,16 +31,22 @@ class Rule(NamedTuple):
     """In the depth loop."""
 
 
+WHOLE = Rule((), ())
+
 RULES: Mapping[str, Rule] = {
     "batch": Rule(rest=AXES, work=AXES),
     "embed": Rule(rest=("fsdp", "expert"), work=()),
     "expert": Rule(rest=(), work=("expert",)),
+    "attention_expert": WHOLE,
+    "depth": WHOLE,
+    "entry": WHOLE,
+    "heads": WHOLE,
+    "mlp": WHOLE,
+    "norm": WHOLE,
+    "router": WHOLE,
+    "vocab": WHOLE,
 }
-"""Logical axis of an array -> mesh axes. An axis without a row is whole on every device."""
-
-WHOLE = Rule((), ())
-
-MOST_CPU_DEVICES = 8
+"""Logical axis of an array -> mesh axes; every axis that a weight names has a row."""
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -60,41 +64,9 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
         return sizes | {free[0]: devices // given}
     if given != devices:
         asked = " x ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
-        mend = "set one of them to -1 to take all that are left" if not free else "choose sizes that divide them"
-        raise ConfigError(f"{asked} does not use the {devices} devices present; {mend}")
+        fix = "set one of them to -1 to take all that are left" if not free else "choose sizes that divide them"
+        raise ConfigError(f"{asked} does not use the {devices} devices present; {fix}")
     return sizes
-
-
-def cpu_devices(mesh: MeshConfig, rows: int, cores: int) -> int:
-    """Devices to make of so many parts of a CPU: one of each, because XLA runs a program's loops on one thread.
-
-    Fewer where the `rows` of a microbatch do not divide, at most MOST_CPU_DEVICES because each holds the weights, and
-    what the mesh asks for where it leaves no axis free.
-    """
-    given = 1
-    for size in (mesh.data, mesh.fsdp, mesh.expert):
-        given *= max(size, 1)
-    if -1 not in (mesh.data, mesh.fsdp, mesh.expert):
-        return given
-    fitting = [n for n in range(given, min(cores, MOST_CPU_DEVICES) + 1, given) if rows % n == 0]
-    return max(fitting, default=given)
-
-
-def use_cores(config: Config) -> None:
-    """Let JAX see `cpu_devices` CPU devices, unless the user has said how many; before it first looks for devices.
-
-    A device has one core, or two where native kernels share their work out over threads: copies of the weights and sums
-    of gradients then cost more than threads that wait.
-    """
-    told: Any = jax.config  # its flags are not in its type
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or told.jax_num_cpu_devices > 0:
-        return
-    rows = config.train.batch // config.train.microbatches
-    # Where the system can tell, the cores that are ours: a container or a scheduler may grant fewer than there are.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    native = config.train.dtype == "float32" and config.kernels.grouped_matmul in ("auto", "native")
-    threads = 2 if native and library.missing() is None else 1
-    jax.config.update("jax_num_cpu_devices", cpu_devices(config.mesh, rows, max(1, cores // threads)))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -120,13 +92,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def rule_of(axis: str) -> Rule:
+    """The row of a logical axis.
+
+    Raises:
+        ConfigError: the table has none.
+    """
+    if axis not in RULES:
+        raise ConfigError(f"logical axis '{axis}' has no row in sharding.RULES; known: {', '.join(RULES)}")
+    return RULES[axis]
+
+
 def spec_of(axes: Sequence[str]) -> PartitionSpec:
     """The partition at rest of an array with these logical axes.
 
     Raises:
-        ConfigError: the table maps two of them to one mesh axis.
+        ConfigError: the table has no row for one of them, or maps two of them to one mesh axis.
     """
-    mapped = [RULES.get(axis, WHOLE).rest for axis in axes]
+    mapped = [rule_of(axis).rest for axis in axes]
     used = [axis for split in mapped for axis in split]
     if len(set(used)) < len(used):
         raise ConfigError(f"logical axes {tuple(axes)} map to {tuple(mapped)}: a mesh axis can split only one of them")
@@ -224,7 +207,7 @@ def axes_of(x: jax.Array) -> tuple[str, ...]:
 
 def _dimension(axes: Sequence[str], mesh_axis: str, layout: str) -> int | None:
     """The dimension of an array that a mesh axis splits."""
-    split = [i for i, axis in enumerate(axes) if mesh_axis in getattr(RULES.get(axis, WHOLE), layout)]
+    split = [i for i, axis in enumerate(axes) if mesh_axis in getattr(rule_of(axis), layout)]
     return split[0] if split else None
 
 

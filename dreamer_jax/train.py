@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dreamer_jax import config as configuration
 from dreamer_jax.config import Config, ConfigError
 from dreamer_jax.distributed import joined
-from dreamer_jax.native.memory import restart_with_huge_pages
+from dreamer_jax.kernels.native.huge_pages import restart_with_huge_pages
 
 if TYPE_CHECKING:
     from dreamer_jax.training.loop import Summary
@@ -52,7 +52,7 @@ def run(config: Config) -> int:
     """Train and say what came of it."""
     started = time.monotonic()
     with joined(config.distributed) as group:
-        from dreamer_jax.sharding import use_cores  # late, so that --help and config errors do not wait for JAX
+        from dreamer_jax.kernels.cores import use_cores  # late, so that --help and config errors do not wait for JAX
         from dreamer_jax.training.loop import train
 
         if group.count == 1:
@@ -82,7 +82,7 @@ def sample(summary: "Summary") -> str:
     from dreamer_jax.data.sources import render_prompt
     from dreamer_jax.data.tokenizer import load_tokenizer
     from dreamer_jax.inference.engine import generate
-    from dreamer_jax.model.dreamer import Compute
+    from dreamer_jax.kernels.compute import Compute
 
     tokenizer = load_tokenizer(summary.prepared.tokenizer)
     source = summary.config.data.sources[0].name

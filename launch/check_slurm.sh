@@ -49,6 +49,7 @@ import json
 from pathlib import Path
 
 from dreamer_jax.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig, OptimizerConfig, Source
+from dreamer_jax.config import DepthAttentionConfig, ExpertAttentionConfig, RouterConfig, SequenceAttentionConfig
 from dreamer_jax.config import TrainConfig
 
 FOLDER = Path("$folder")
@@ -67,8 +68,11 @@ def get_config() -> Config:
         name="toy",
         out=str(FOLDER / "runs"),
         model=ModelConfig(
-            depth=2, width=16, vocab=300, query_heads=2, kv_heads=1, head_size=8, da_head_size=8, router_size=8,
-            experts=6, active_experts=2, expert_width=8, attention_experts=3,
+            depth=2, width=16, vocab=300,
+            sa=SequenceAttentionConfig(query_heads=2, kv_heads=1, head_size=8),
+            da=DepthAttentionConfig(head_size=8),
+            ea=ExpertAttentionConfig(experts=6, active_experts=2, expert_width=8),
+            router=RouterConfig(size=8, attention_experts=3),
         ),
         data=DataConfig(
             sources=(Source("sums", train=("train.jsonl",), validation=("validation.jsonl",)),),

@@ -2,17 +2,20 @@
 
 import cmath
 import math
+import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tests import oracle
-from tests.oracle import MIXTURES, Sizes, Tensor
+from tests.models import VARIANTS, mixture_of
+from tests.oracle import MIXTURES, Depth, Sizes, Tensor
 
-SIZES = Sizes(depth_recurrent=True, depth_attention=True, mixture="attention_parallel", depth=3, width=16, vocab=32,
-              query_heads=4, kv_heads=2, head_size=8, da_heads=2, da_kv_heads=1, da_head_size=4, router_size=8,
-              experts=6, active=2, expert_width=5, attention_experts=4)  # fmt: skip
-VARIANTS = {"LA": (False, False), "LA+DA": (False, True), "DR": (True, False), "DR+DA": (True, True)}
+SIZES = Sizes(depth_recurrent=True, mixture=("da+sa", "ea"), depth=3, width=16, vocab=32, query_heads=4, kv_heads=2,
+              head_size=8, da_heads=2, da_kv_heads=1, da_head_size=4, router_size=8, experts=6, active=2,
+              expert_width=5, attention_experts=4, latents=5, latent_heads=4, latent_kv_heads=2, latent_head_size=4,
+              pairs=7)  # fmt: skip
 
 # Two documents in the first row, one and padding in the second.
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
@@ -22,14 +25,13 @@ RESPONSE = np.array([[0, 0, 1, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1,
 BATCH = (TOKENS, POSITIONS, SEGMENTS)
 
 
-def variant(name, mixture="attention_parallel", **changes):
-    recurrent, attention = VARIANTS[name]
-    known = vars(SIZES) | {"depth_recurrent": recurrent, "depth_attention": attention, "mixture": mixture}
+def variant(name, mixture=("da+sa", "ea"), **changes):
+    known = vars(SIZES) | {"depth_recurrent": "DR" in name, "mixture": mixture_of(name, mixture)}
     return Sizes(**known | changes)
 
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-every_mixture = pytest.mark.parametrize("mixture", MIXTURES)
+every_mixture = pytest.mark.parametrize("mixture", MIXTURES, ids=" ".join)
 
 
 # ------------------------------------------------------------------------------------------------ worked by hand
@@ -43,14 +45,16 @@ def test_rope_turns_the_pair_j_and_j_plus_half_by_the_position_over_its_waveleng
 
 
 def test_depth_rope_counts_up_in_its_first_frequencies_and_down_from_the_last_depth_in_the_others():
-    angles = oracle.depth_angles(2, depth=10, size=8, base=500.0)
+    angles = oracle.depth_angles(Depth(2, 10), size=8, base=500.0)
     np.testing.assert_allclose(angles, [2 * 500**0, 2 * 500**-0.25, 7 * 500**-0.5, 7 * 500**-0.75], rtol=1e-14)
 
 
 def test_scores_of_two_rotated_depths_do_not_know_the_maximum_depth():
     q, k = (Tensor(a) for a in np.random.default_rng(0).normal(size=(2, 8)))
-    scores = [(oracle.rotate(q, oracle.depth_angles(4, depth, 8, 500.0)).value
-               @ oracle.rotate(k, oracle.depth_angles(1, depth, 8, 500.0)).value) for depth in (5, 50)]  # fmt: skip
+    scores = []
+    for depth in (5, 50):
+        to, back = (oracle.depth_angles(Depth(l, depth), 8, 500.0) for l in (4, 1))
+        scores.append(oracle.rotate(q, to).value @ oracle.rotate(k, back).value)
     assert math.isclose(*scores, rel_tol=1e-12)
 
 
@@ -164,43 +168,85 @@ def up(at, size, base):
     return [at * base ** (-2 * j / size) for j in range(size // 2)]
 
 
-def up_and_down(at, depth, size):
-    return up(at, size, 500)[: size // 4] + up(depth - 1 - at, size, 500)[size // 4 :]
+class Place(NamedTuple):
+    """Depth positions from the first depth and from the last."""
+
+    first: float
+    last: float
 
 
-def choose(w, name, sizes, x, depth_index, active):
+def up_and_down(place, size):
+    return up(place.first, size, 500)[: size // 4] + up(place.last, size, 500)[size // 4 :]
+
+
+def choose(w, name, sizes, x, place, active):
     """[(expert, score)] of one token x [D], already normed."""
-    query = turn(
-        norm(x @ w[f"{name}.w_q"], w[f"{name}.q_norm"]), up_and_down(depth_index, sizes.depth, sizes.router_size)
-    )
+    query = turn(norm(x @ w[f"{name}.w_q"], w[f"{name}.q_norm"]), up_and_down(place, sizes.router_size))
     keys = [norm(key, w[f"{name}.k_norm"]) for key in w[f"{name}.keys"]]
     logits = [query @ key / math.sqrt(sizes.router_size) for key in keys]
     best = sorted(range(len(keys)), key=lambda e: (-(logits[e] + w[f"{name}.bias"][e]), e))[:active]
     return [(e, 1 / (1 + math.exp(-logits[e]))) for e in best]
 
 
-def attend_one(w, name, sizes, kind, x, depth_index, angles, cache):
-    """One token through one attention: its k and v join the cache, a list, and its queries look at all of that."""
-    n, n_kv, h = sizes.heads(kind)
+def attend_one(w, name, sizes, kind, x, place, angles, memory):
+    """One token through one attention: its k and v join the memory, and its queries look at that."""
+    n, n_kv, _ = sizes.heads(kind)
     x = norm(x, w[f"{name}.norm"])
     w_qkv, w_o, score = w[f"{name}.w_qkv"], w[f"{name}.w_o"], 1.0
     if sizes.depth_recurrent:
-        ((expert, score),) = choose(w, f"{name}.router", sizes, x, depth_index, 1)
+        ((expert, score),) = choose(w, f"{name}.router", sizes, x, place, 1)
         w_qkv, w_o = w_qkv[expert] + w[f"{name}.w_qkv_shared"], w_o[expert] + w[f"{name}.w_o_shared"]
     heads = np.split(score * (x @ w_qkv), n + 2 * n_kv)
     q = [turn(norm(head, w[f"{name}.q_norm"]), angles) for head in heads[:n]]
     k = [turn(norm(head, w[f"{name}.k_norm"]), angles) for head in heads[n : n + n_kv]]
-    cache.append((k, heads[n + n_kv :]))
-    out = []
-    for i in range(n):
-        e = [math.exp(q[i] @ keys[i * n_kv // n] / math.sqrt(h)) for keys, _ in cache]
-        out.append(sum(a * values[i * n_kv // n] for a, (_, values) in zip(e, cache, strict=True)) / sum(e))
-    return score * (np.concatenate(out) @ w_o)
+    return score * (memory(w, name, q, k, heads[n + n_kv :]) @ w_o)
 
 
-def experts_one(w, name, sizes, x, depth_index):
+def look(q, keys, values):
+    """One softmax over keys."""
+    e = [math.exp(q @ key / math.sqrt(len(q))) for key in keys]
+    return sum(a * value for a, value in zip(e, values, strict=True)) / sum(e)
+
+
+class Rows:
+    """All that went before, a row each, or so many rows as far apart from each other."""
+
+    def __init__(self, window=0, dilation=1):
+        self.k, self.v, self.window, self.dilation = {}, {}, window, dilation
+
+    def at(self, place):
+        self.place = place
+        return self
+
+    def __call__(self, w, name, q, k, v):
+        self.k[self.place], self.v[self.place] = k, v
+        past = range(self.place, -1, -self.dilation)[: self.window or None]
+        past = [row for row in past if row in self.k]
+        per_key = len(q) // len(k)
+        looks = [[[rows[row][i // per_key] for row in past] for rows in (self.k, self.v)] for i in range(len(q))]
+        return np.concatenate([look(head, *pairs) for head, pairs in zip(q, looks, strict=True)])
+
+
+class FadingState:
+    """The sum of all outer products k v^T so far, which fades."""
+
+    def __init__(self):
+        self.sums = None
+
+    def at(self, place):
+        return self
+
+    def __call__(self, w, name, q, k, v):
+        fade = 1 / (1 + np.exp(-2 * w[f"{name}.decay"]))
+        old = self.sums or [np.zeros((len(k[0]), len(k[0])))] * len(k)
+        self.sums = [f * a + np.outer(b, c) for f, a, b, c in zip(fade, old, k, v, strict=True)]
+        read = [q[i] @ self.sums[i * len(k) // len(q)] / math.sqrt(len(q[i])) for i in range(len(q))]
+        return np.concatenate([norm(head, w[f"{name}.o_norm"]) for head in read])
+
+
+def experts_one(w, name, sizes, x, place):
     x = norm(x, w[f"{name}.norm"])
-    chosen = choose(w, f"{name}.router", sizes, x, depth_index, sizes.active)
+    chosen = choose(w, f"{name}.router", sizes, x, place, sizes.active)
     y = np.zeros_like(x)
     for e, score in chosen:
         gate = x @ w[f"{name}.w_gate"][e]
@@ -208,22 +254,67 @@ def experts_one(w, name, sizes, x, depth_index):
     return y / sum(score for _, score in chosen)
 
 
-def one_document(w, sizes, tokens):
-    """Logits [T, V] of one document, generated-style: one cache a depth for SA, one for DA that each token renews."""
-    sa_caches, logits = [[] for _ in range(sizes.depth)], []
+def latents_one(w, name, sizes, x, place):
+    n, n_kv, _ = sizes.heads("latent")
+    w = dict(w)
+    if sizes.embedding_size:
+        for pair, matrix in (("keys", "w_k"), ("values", "w_v")):
+            w[f"{name}.{pair}"] = [text @ w[f"{name}.{matrix}"] for text in w[f"{name}.embeddings"]]
+    keys, values = ([np.split(row, n_kv) for row in w[f"{name}.{pair}"]] for pair in ("keys", "values"))
+    out = []
+    for i, head in enumerate(np.split(norm(x, w[f"{name}.norm"]) @ w[f"{name}.w_q"], n)):
+        q = turn(norm(head, w[f"{name}.q_norm"]), up_and_down(place, len(head)))
+        of = i * n_kv // n
+        out.append(look(q, [norm(key[of], w[f"{name}.k_norm"]) for key in keys], [value[of] for value in values]))
+    return np.concatenate(out) @ w[f"{name}.w_o"]
+
+
+def pairs_one(w, name, sizes, x, place):
+    scores = norm(x, w[f"{name}.norm"]) @ w[f"{name}.w_keys"]
+    scores *= math.sqrt(len(scores)) / np.linalg.norm(scores)
+    weights = [score * math.erfc(-score / math.sqrt(2)) / 2 for score in scores]
+    return sum(weight * value for weight, value in zip(weights, w[f"{name}.w_values"], strict=True))
+
+
+def one_document(w, sizes, tokens, depth=None, runs=None):
+    """Logits [T, V] of one document, generated-style: one memory a depth for SA, one for DA that each token renews.
+
+    `runs` says at which depths members of the mixture run; those that it does not name run at all.
+    """
+    depth, runs = depth or sizes.depth, runs or {}
+    stretch = sizes.depth / depth if sizes.depth_rope_scaling else 1
+    sa_memories, logits = [Rows() for _ in range(depth)], []
+    others = {"ea": experts_one, "latent": latents_one, "parameter": pairs_one}
     for at, token in enumerate(tokens):
-        x, da_cache = w["embed"][token], []
-        for l in range(sizes.depth):
+        x = w["embed"][token]
+        da_memory = FadingState() if sizes.da_linear else Rows(sizes.da_window, sizes.da_dilation)
+        for l in range(depth):
             p = "layer" if sizes.depth_recurrent else f"layers.{l}"
-            steps = up_and_down(l, sizes.depth, sizes.da_head_size)
-            da = attend_one(w, f"{p}.da", sizes, "da", x, l, steps, da_cache) if sizes.depth_attention else 0
-            sa_input = x + da if sizes.mixture == "sequential" else x
-            sa = attend_one(w, f"{p}.sa", sizes, "sa", sa_input, l, up(at, sizes.head_size, 1e4), sa_caches[l])
-            ea_input = x if sizes.mixture == "parallel" else x + da + sa
-            x = x + da + sa + experts_one(w, f"{p}.ea", sizes, ea_input, l)
+            place = Place(l * stretch, (depth - 1 - l) * stretch)
+            for group in sizes.mixture:
+                y = x
+                for name in re.findall("[a-z]+", group):
+                    if l not in runs.get(name, range(depth)):
+                        continue
+                    given = w, f"{p}.{name}", sizes
+                    if name == "da":
+                        angles = up_and_down(place, sizes.da_head_size)
+                        y = y + attend_one(*given, name, x, place, angles, da_memory.at(l))
+                    elif name == "sa":
+                        angles = up(at, sizes.head_size, 1e4)
+                        y = y + attend_one(*given, name, x, place, angles, sa_memories[l].at(at))
+                    else:
+                        y = y + others[name](*given, x, place)
+                x = y
             x = norm(x, w["residual_norm"]) if sizes.depth_recurrent else x
         logits.append((x if sizes.depth_recurrent else norm(x, w["final_norm"])) @ w["lm_head"])
     return np.array(logits)
+
+
+def check_documents(weights, sizes, logits, **how):
+    for row, columns in ((0, slice(0, 5)), (0, slice(5, 10)), (1, slice(0, 7))):
+        expected = one_document(weights, sizes, TOKENS[row, columns], **how)
+        np.testing.assert_allclose(logits[row, columns], expected, rtol=1e-9, atol=1e-11)
 
 
 @every_variant
@@ -231,10 +322,100 @@ def one_document(w, sizes, tokens):
 def test_packed_documents_equal_each_document_alone_and_a_token_at_a_time(name, mixture):
     sizes = variant(name, mixture)
     weights = oracle.random_weights(sizes, 1)
+    check_documents(weights, sizes, oracle.forward(weights, sizes, *BATCH).logits)
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+@pytest.mark.parametrize("depth", [2, 5])
+def test_another_depth_than_the_trained_one_has_its_own_positions_or_those_of_the_trained_range(depth, scaling):
+    sizes = variant("DR+DA", depth_rope_scaling=scaling)
+    weights = oracle.random_weights(sizes, 11)
+    out = oracle.forward(weights, sizes, *BATCH, depth=depth)
+    assert len(out.hidden) == depth + 1
+    check_documents(weights, sizes, out.logits, depth=depth)
+
+
+def test_scaling_changes_nothing_at_the_trained_depth():
+    weights = oracle.random_weights(SIZES, 11)
+    plain, scaled = (oracle.forward(weights, variant("DR+DA", depth_rope_scaling=s), *BATCH) for s in (False, True))
+    np.testing.assert_array_equal(plain.logits, scaled.logits)
+
+
+def test_layers_of_their_own_run_at_no_other_depth():
+    sizes = variant("LA")
+    with pytest.raises(ValueError, match="LA has 3 layers of its own"):
+        oracle.forward(oracle.random_weights(sizes, 0), sizes, *BATCH, depth=2)
+
+
+SLICED = [
+    (("da[::2]+sa", "ea"), 3, {"da": {0, 2}, "sa": {0, 1, 2}, "ea": {0, 1, 2}}),
+    (("da[1:]", "sa[:2]", "ea[-2:]"), 3, {"da": {1, 2}, "sa": {0, 1}, "ea": {1, 2}}),
+    (("da[::2]+sa[-1:]+ea[:-1]",), 4, {"da": {0, 2}, "sa": {3}, "ea": {0, 1, 2}}),
+]
+
+
+@pytest.mark.parametrize(("mixture", "depth", "runs"), SLICED, ids=lambda value: str(value))
+def test_a_member_of_the_mixture_runs_at_the_depths_of_its_slice_alone(mixture, depth, runs):
+    sizes = variant("DR+DA", mixture)
+    weights = oracle.random_weights(sizes, 12)
+    out = oracle.forward(weights, sizes, *BATCH, depth=depth)
+    check_documents(weights, sizes, out.logits, depth=depth, runs=runs)
+    for l in range(depth):
+        for kind, depths in runs.items():
+            assert (getattr(out, f"{kind}_ids")[l] >= 0).all() == (l in depths)
+        looked_at = {key for key in range(depth) if (out.da_attention[l, ..., key] > 0).any()}
+        assert looked_at == ({key for key in runs["da"] if key <= l} if l in runs["da"] else set())
+
+
+def test_layers_without_depth_attention_have_no_weights_of_it():
+    sizes = variant("LA+DA", ("da[::2]+sa", "ea"))
+    weights = oracle.random_weights(sizes, 13)
     logits = oracle.forward(weights, sizes, *BATCH).logits
-    for row, columns in ((0, slice(0, 5)), (0, slice(5, 10)), (1, slice(0, 7))):
-        expected = one_document(weights, sizes, TOKENS[row, columns])
-        np.testing.assert_allclose(logits[row, columns], expected, rtol=1e-9, atol=1e-11)
+    check_documents(weights, sizes, logits, runs={"da": {0, 2}, "sa": {0, 1, 2}, "ea": {0, 1, 2}})
+    assert "layers.2.da.norm" in weights
+    assert not any(name.startswith("layers.1.da.") for name in weights)
+
+
+LINEAR, REACH = {"da_linear": True, "da_heads": 4, "da_kv_heads": 2}, {"da_window": 2, "da_dilation": 2}
+VARIATIONS = [
+    *((name, ("da+sa", "ea"), 5, changes) for name in ("LA+DA", "DR+DA") for changes in (LINEAR, REACH)),
+    ("DR+DA", ("da[::2]+sa[1:]", "ea"), 5, LINEAR),
+    ("LA+DA", ("da[1:]+sa", "ea[:1]"), 4, {"da_window": 2}),
+    ("LA", ("sa+latent", "parameter"), 2, {}),
+    ("DR", ("sa", "latent+parameter"), 3, {"embedding_size": 6}),
+    ("DR+DA", ("da[::2]", "latent[1:]+sa+parameter[-2:]", "ea[:2]"), 4, LINEAR | {"embedding_size": 6}),
+]
+RUNS = {"[::2]": range(0, 9, 2), "[1:]": range(1, 9), "[:1]": range(1), "[:2]": range(2)}
+every_variation = pytest.mark.parametrize(("name", "mixture", "depth", "changes"), VARIATIONS, ids=str)
+
+
+@every_variation
+def test_each_variation_equals_its_rewriting_for_one_token_at_a_time(name, mixture, depth, changes):
+    sizes = variant(name, mixture, depth=depth, **changes)
+    weights = oracle.random_weights(sizes, 14)
+    runs = {m: RUNS.get(at, range(depth - 2, depth)) for m, at in re.findall(r"([a-z]+)(\[.*?\])", " ".join(mixture))}
+    check_documents(weights, sizes, oracle.forward(weights, sizes, *BATCH).logits, runs=runs)
+
+
+def test_a_depth_has_faded_by_the_fades_of_the_depths_since():
+    q, k, v = Tensor([[[[2.0]]]]), Tensor([[[[1.0]], [[3.0]], [[5.0]]]]), Tensor([[[[7.0]], [[11.0]], [[13.0]]]])
+    y = oracle.attend_linearly(q, k, v, [Tensor([0.125]), Tensor([0.5]), Tensor([0.25])]).value
+    assert y.item() == 2 * 1 * 0.5 * 0.25 * 7 + 2 * 3 * 0.25 * 11 + 2 * 5 * 13
+
+
+def test_a_window_of_two_at_a_dilation_of_three_reaches_this_depth_and_the_third_before_it():
+    sizes = variant("DR+DA", da_window=2, da_dilation=3)
+    assert [back for back in range(12) if oracle.reaches(sizes, back)] == [0, 3]
+
+
+def test_gelu_is_exact():
+    np.testing.assert_allclose(oracle.gelu(Tensor([-1.0, 0.0, 2.0])).value, [-0.15865525, 0, 1.95449974], rtol=1e-7)
+
+
+@pytest.mark.parametrize("mixture", [("sa", "sa+ea"), ("sa", "experts")])
+def test_a_mixture_of_something_else_is_an_error(mixture):
+    with pytest.raises(ValueError, match="mixture"):
+        variant("DR+DA", mixture)
 
 
 # -------------------------------------------------------------------------------------------------- gradients
@@ -268,20 +449,36 @@ def slope(weights, sizes, name, direction, before_each=lambda: None, step=1e-5):
 
 @pytest.mark.parametrize(
     ("name", "mixture"),
-    [*(("DR+DA", mixture) for mixture in MIXTURES), ("DR", "parallel"), ("LA", "sequential"), ("LA+DA", MIXTURES[1])],
+    [
+        *(("DR+DA", mixture) for mixture in MIXTURES),
+        ("DR", MIXTURES[2]),
+        ("LA", MIXTURES[0]),
+        ("LA+DA", MIXTURES[1]),
+        ("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_gradients_are_the_slopes_of_the_loss_with_stopped_scores_held_still(name, mixture, rewind):
-    sizes = variant(name, mixture)
+    check_slopes(variant(name, mixture), rewind)
+
+
+@every_variation
+def test_gradients_of_each_variation_are_the_slopes_of_the_loss(name, mixture, depth, changes, rewind):
+    check_slopes(variant(name, mixture, depth=depth, **changes), rewind, step=1e-6)
+
+
+def check_slopes(sizes, rewind, step=1e-5):
     weights = oracle.random_weights(sizes, 0)
     gradients = oracle.gradients(weights, sizes, *BATCH, response_mask=RESPONSE)
-    assert gradients.keys() == {n for n in oracle.names_and_shapes(sizes) if not n.endswith(".bias")}
+    untrained = (".bias", ".embeddings")
+    assert gradients.keys() == {n for n in oracle.names_and_shapes(sizes) if not n.endswith(untrained)}
     rng = np.random.default_rng(3)
     for array, gradient in gradients.items():
         direction = rng.normal(size=gradient.shape)
-        along = slope(weights, sizes, array, direction, rewind)
+        along = slope(weights, sizes, array, direction, rewind, step)
         np.testing.assert_allclose((gradient * direction).sum(), along, rtol=1e-5, atol=1e-8, err_msg=array)
     rewind()
-    assert oracle.forward(weights, sizes, *BATCH).routing_margin > 1e-3  # so that no step changed a route
+    assert oracle.forward(weights, sizes, *BATCH).routing_margin > 100 * step  # so that no step changed a route
 
 
 def test_the_stopped_score_matters_to_the_routers_gradient():

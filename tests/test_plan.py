@@ -24,7 +24,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_the_tables_show_costs_fit_and_speed(capsys) -> None:
     code, out, _ = run(capsys, "--config", BIG, "--device", "h200")
     assert code == 0
-    for text in ("2,078,767,488", "1,610.56", "fits 1 x h200", "6.6335 GB", "tokens/s", "100B tokens"):
+    for text in (
+        "experts 1097, active experts 8, expert width 472",
+        "2,078,767,488",
+        "1,610.56",
+        "fits 1 x h200",
+        "6.6335 GB",
+        "tokens/s",
+        "100B tokens",
+    ):
         assert text in out
 
 
@@ -33,6 +41,11 @@ def test_json_holds_the_same_figures(capsys) -> None:
                     "--train.microbatches", "1")  # fmt: skip
     record = json.loads(out)
     assert record["devices"] == 256
+    assert record["model"] | {"dimensions": {}} == {
+        "variant": "DR+DA", "depth": 32, "width": 1024, "experts": 1097, "active_experts": 8, "expert_width": 472,
+        "rope_base": 10_000.0, "window": 0, "dilation": 1, "form": "softmax", "dimensions": {},
+    }  # fmt: skip
+    assert record["model"]["dimensions"]["sa"]["query_heads"] == 16
     assert record["parameters"]["total"] == 2_078_767_488
     assert record["device"]["fits"]
     memory = record["training_memory"]
@@ -69,9 +82,9 @@ def test_the_largest_microbatch_fits_and_twice_as_much_does_not() -> None:
 def test_a_matched_config_is_written_and_loads(capsys, tmp_path) -> None:
     file = tmp_path / "sized.py"
     base = str(CONFIGS / "la_2b.py")
-    code, out, _ = run(capsys, "--config", BIG, "--match", base, "--out", str(file), "--model.experts", "64")
+    code, out, _ = run(capsys, "--config", BIG, "--match", base, "--out", str(file), "--model.ea.experts", "64")
     assert code == 0
-    assert (load(file).model.expert_width, load(file).model.experts) == (472, 1097)
+    assert (load(file).model.ea.expert_width, load(file).model.ea.experts) == (472, 1097)
     assert f"next: python -m dreamer_jax.train --config {file}" in out.replace("\n", "")
     again = run(capsys, "--config", BIG, "--match", base, "--out", str(file))
     assert again[0] == 1
@@ -87,7 +100,7 @@ def test_a_matched_config_is_written_and_loads(capsys, tmp_path) -> None:
         (["--topology", "h200"], "topology 'h200': give a TPU slice such as"),
     ],
 )
-def test_bad_input_is_refused_with_the_mend(capsys, arguments, message) -> None:
+def test_bad_input_is_refused_with_the_fix(capsys, arguments, message) -> None:
     code, _, err = run(capsys, "--config", BIG, *arguments)
     assert code == 1
     assert message in err

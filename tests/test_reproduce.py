@@ -29,14 +29,13 @@ FIRST, LAST = 4, 6
 CONFIG = """
 import dataclasses
 from pathlib import Path
-from dreamer_jax.config import CheckpointConfig, KernelConfig
-from tests.training.toy import toy_config, with_model
+from dreamer_jax.config import CheckpointConfig
+from tests.training.toy import REFERENCE, toy_config, with_model
 
 def get_config():
     config = toy_config(Path({folder!r}), steps={last}, remat="none")
-    config = with_model(config, depth=1, depth_recurrent=False, depth_attention=False)
-    plain = KernelConfig(attention="dense", grouped_matmul="dense")  # they compile soonest
-    return dataclasses.replace(config, kernels=plain, checkpoint=CheckpointConfig(every=1, keep=2))
+    config = with_model(config, depth=1, depth_recurrent=False, mixture=("sa", "ea"))
+    return dataclasses.replace(config, kernels=REFERENCE, checkpoint=CheckpointConfig(every=1, keep=2))
 """
 
 

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from dreamer_jax import sharding
 from dreamer_jax.config import ConfigError, MeshConfig
-from dreamer_jax.sharding import at_work, check_batch, cpu_devices, make_mesh, mesh_shape, spec_of, tree_shardings
+from dreamer_jax.kernels.cores import cpu_devices
+from dreamer_jax.sharding import at_work, check_batch, make_mesh, mesh_shape, spec_of, tree_shardings
 
 
 def test_one_axis_may_take_all_devices_that_are_left():
@@ -60,7 +61,7 @@ def test_a_cpu_has_a_device_for_each_part_that_the_batch_can_use(mesh, rows, cor
 def test_the_door_makes_the_devices_unless_the_user_has():
     """In processes of their own: JAX counts its devices once."""
     code = (
-        "import os, jax; from dreamer_jax.config import *; from dreamer_jax.sharding import use_cores; "
+        "import os, jax; from dreamer_jax.config import *; from dreamer_jax.kernels.cores import use_cores; "
         "use_cores(Config(name='any', mesh=MeshConfig(data=3), train=TrainConfig(batch=6))); print(len(jax.devices()))"
     )
     alone = os.environ | {"XLA_FLAGS": ""}
@@ -78,6 +79,11 @@ def test_matrices_are_split_along_the_width_and_norms_are_whole():
 def test_two_axes_cannot_share_a_mesh_axis(axes):
     with pytest.raises(ConfigError, match="can split only one"):
         spec_of(axes)
+
+
+def test_an_axis_without_a_rule_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"'widht' has no row in sharding\.RULES; known: batch, embed"):
+        spec_of(("widht",))
 
 
 def test_a_width_that_does_not_divide_is_refused_with_its_name_and_the_mend():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.memory import training_memory
+from dreamer_jax.accounting.params import shared_out_experts
 from dreamer_jax.config import Config
 
 HEADROOM = 0.08
@@ -81,7 +82,7 @@ def _overrides(config: Config, changed: Config, mesh: dict[str, int], shape: dic
 
 def _meshes(config: Config, mesh: dict[str, int]) -> Iterator[dict[str, int]]:
     """The mesh itself, others of as many devices, then of two, four, ... times as many."""
-    devices = math.prod(mesh.values())
+    devices, experts = math.prod(mesh.values()), shared_out_experts(config.model)
     yield mesh
     for times in (1, 2, 4, 8, 16, 32, 64):
         total = devices * times
@@ -89,7 +90,7 @@ def _meshes(config: Config, mesh: dict[str, int]) -> Iterator[dict[str, int]]:
         for expert, fsdp in sorted(itertools.product(sizes, sizes), key=lambda pair: (pair[0] * pair[1], -pair[0])):
             shape = {"data": total // (fsdp * expert), "fsdp": fsdp, "expert": expert}
             whole = total % (fsdp * expert) == 0 and config.model.width % (fsdp * expert) == 0
-            if whole and expert <= config.model.experts and shape != mesh:
+            if whole and expert <= experts and shape != mesh:
                 yield shape
 
 

@@ -7,11 +7,12 @@ nothing. A tie goes to the smaller number: then the sized model has the fewer FL
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dreamer_jax.accounting.flops import generated_flops
-from dreamer_jax.accounting.params import parameters
+from dreamer_jax.accounting.params import Count, parameters
 from dreamer_jax.config import ConfigError, ModelConfig
 
 WIDTH_STEP = 8
@@ -22,7 +23,7 @@ models are within 0.3 %; half an expert of its LA is 1 % of the parameters, and 
 
 
 class MatchError(ConfigError):
-    """No match within the tolerance; the message names the cause and the mend."""
+    """No match within the tolerance; the message names the cause and the fix."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ def match(config: ModelConfig, baseline: ModelConfig, tolerance: float = TOLERAN
     one of the widest experts, because the descent starts from the fewest experts that the config allows.
 
     Raises:
-        MatchError: FLOPs or parameters differ from the baseline's by a larger share than `tolerance`.
+        MatchError: FLOPs or parameters differ from the baseline's by a larger share than `tolerance`, or `config` has
+            no experts.
     """
-    moves = descend(replace(config, experts=config.active_experts), baseline)
+    if "ea" not in config.dimensions:
+        raise MatchError(
+            "no match: F and E size the experts of ea, which model.mixture does not have. Add it, such as "
+            '("da+sa", "ea"), or match by hand'
+        )
+    moves = descend(_sized(config, experts=config.ea.active_experts), baseline)
     _check_flops(moves[-1], baseline, tolerance)
     _check_parameters(moves[-1], baseline, tolerance)
     return moves
@@ -62,7 +69,7 @@ def descend(start: ModelConfig, baseline: ModelConfig) -> tuple[Move, ...]:
 
     It ends, without cycles. The matched F can only fall as E grows, for the router's FLOPs grow with E; the matched E
     can only fall as F grows. So the E of a turn can only grow with the E of the turn before, and once E has moved up
-    (or down) it never turns back, between `active_experts` and the match of the narrowest experts.
+    (or down) it never turns back, between `ea.active_experts` and the match of the narrowest experts.
     """
     turns = itertools.cycle((("expert_width", _match_flops), ("experts", _match_parameters)))
     moves: list[Move] = []
@@ -89,7 +96,7 @@ def _match_flops(config: ModelConfig, baseline: ModelConfig) -> ModelConfig:
     """`config` with the F whose FLOPs are nearest."""
 
     def at(steps: int) -> ModelConfig:
-        return replace(config, expert_width=WIDTH_STEP * steps)
+        return _sized(config, expert_width=WIDTH_STEP * steps)
 
     return at(nearest(lambda steps: generated_flops(at(steps)).total, generated_flops(baseline).total, low=1))
 
@@ -98,10 +105,15 @@ def _match_parameters(config: ModelConfig, baseline: ModelConfig) -> ModelConfig
     """`config` with the E whose parameters are nearest."""
 
     def at(experts: int) -> ModelConfig:
-        return replace(config, experts=experts)
+        return _sized(config, experts=experts)
 
     total = parameters(baseline).total
-    return at(nearest(lambda experts: parameters(at(experts)).total, total, low=config.active_experts))
+    return at(nearest(lambda experts: parameters(at(experts)).total, total, low=config.ea.active_experts))
+
+
+def _sized(config: ModelConfig, **sizes: int) -> ModelConfig:
+    """`config` with other sizes of its experts: `expert_width` (F) or `experts` (E)."""
+    return replace(config, ea=replace(config.ea, **sizes))
 
 
 def _move(moved: str, config: ModelConfig, baseline: ModelConfig) -> Move:
@@ -110,28 +122,13 @@ def _move(moved: str, config: ModelConfig, baseline: ModelConfig) -> Move:
     return Move(moved, config, more_flops, more_flops / flops, more_stored, more_stored / stored)
 
 
-# What lowers a component's FLOPs, and its parameters, other than F, E, the width and the depth.
-_FEWER_FLOPS = {
-    "sa_projections": "lower model.query_heads or model.kv_heads",
-    "sa_attention": "lower model.query_heads or model.head_size",
-    "da_projections": "lower model.da_heads, model.da_kv_heads or model.da_head_size",
-    "da_attention": "lower model.da_heads or model.da_head_size",
-    "attention_routers": "lower model.router_size or model.attention_experts",
-    "ea_experts": "lower model.active_experts",
-    "ea_router": "lower model.router_size",
-    "lm_head": "lower model.vocab",
-}
-_FEWER_PARAMETERS = {
+# What lowers the costs of components that are not of one dimension, other than F, E and the depth.
+_FEWER = {
     "embedding": "lower model.vocab",
     "lm_head": "lower model.vocab",
     "norms": "lower model.width",
-    "sa_projections": "lower model.attention_experts, model.query_heads or model.kv_heads",
-    "da_projections": "lower model.attention_experts, model.da_heads, model.da_kv_heads or model.da_head_size",
-    "shared_experts": "lower model.query_heads, model.kv_heads or model.da_heads",
-    "attention_routers": "lower model.router_size or model.attention_experts",
-    # With all experts active their FLOPs decide their parameters, but for the depths that share them.
-    "ea_experts": "share them over more depths (model.depth_recurrent, model.depth)",
-    "ea_router": "lower model.router_size",
+    "attention_routers": "lower model.router.size or model.router.attention_experts",
+    "shared_experts": "lower the heads of the attentions",
 }
 
 
@@ -139,19 +136,18 @@ def _check_flops(move: Move, baseline: ModelConfig, tolerance: float) -> None:
     if abs(move.flops_share) <= tolerance:
         return
     config, ours, theirs = move.config, generated_flops(move.config), generated_flops(baseline)
-    if config.expert_width == WIDTH_STEP and move.flops > 0:
+    if config.ea.expert_width == WIDTH_STEP and move.flops > 0:
         raise MatchError(
-            f"no match: even with model.expert_width = {WIDTH_STEP}, the narrowest experts ({config.experts} of them), "
-            f"a token takes {move.flops_share:.1%} more FLOPs than the baseline's. "
-            f"{_largest_excess(ours.by_component(), theirs.by_component(), _FEWER_FLOPS)}, lower model.depth, "
-            "or raise the baseline's model.expert_width"
+            f"no match: even with model.ea.expert_width = {WIDTH_STEP}, the narrowest experts ({config.ea.experts} of "
+            f"them), a token takes {move.flops_share:.1%} more FLOPs than the baseline's. "
+            f"{_largest_excess(config, ours, theirs)}, lower model.depth, or raise the baseline's model.ea.expert_width"
         )
-    wider = generated_flops(replace(config, expert_width=config.expert_width + WIDTH_STEP))
+    wider = generated_flops(_sized(config, expert_width=config.ea.expert_width + WIDTH_STEP))
     raise MatchError(
-        f"no match: model.expert_width = {config.expert_width} is nearest, and its FLOPs are {move.flops_share:+.1%} "
-        f"from the baseline's (tolerance {tolerance:.1%}): a step of {WIDTH_STEP} moves them by "
-        f"{(wider.total - ours.total) / theirs.total:.1%}. Lower model.active_experts, which makes the steps finer, "
-        "or raise the baseline's model.expert_width"
+        f"no match: model.ea.expert_width = {config.ea.expert_width} is nearest, and its FLOPs are "
+        f"{move.flops_share:+.1%} from the baseline's (tolerance {tolerance:.1%}): a step of {WIDTH_STEP} moves them "
+        f"by {(wider.total - ours.total) / theirs.total:.1%}. Lower model.ea.active_experts, which makes the steps "
+        "finer, or raise the baseline's model.ea.expert_width"
     )
 
 
@@ -159,24 +155,26 @@ def _check_parameters(move: Move, baseline: ModelConfig, tolerance: float) -> No
     if abs(move.parameters_share) <= tolerance:
         return
     config, ours, theirs = move.config, parameters(move.config), parameters(baseline)
-    if config.experts == config.active_experts and move.parameters > 0:
+    if config.ea.experts == config.ea.active_experts and move.parameters > 0:
         raise MatchError(
-            f"no match: even with model.experts = model.active_experts = {config.experts}, the fewest experts "
-            f"(of width {config.expert_width}), there are {move.parameters_share:.1%} more parameters than the "
-            f"baseline's. {_largest_excess(ours.by_component(), theirs.by_component(), _FEWER_PARAMETERS)}, "
-            "or raise the baseline's model.experts"
+            f"no match: even with model.ea.experts = model.ea.active_experts = {config.ea.experts}, the fewest experts "
+            f"(of width {config.ea.expert_width}), there are {move.parameters_share:.1%} more parameters than the "
+            f"baseline's. {_largest_excess(config, ours, theirs)}, or raise the baseline's model.ea.experts"
         )
-    more = parameters(replace(config, experts=config.experts + 1))
+    more = parameters(_sized(config, experts=config.ea.experts + 1))
     raise MatchError(
-        f"no match: model.experts = {config.experts} is nearest, and its parameters are {move.parameters_share:+.1%} "
-        f"from the baseline's (tolerance {tolerance:.1%}): one expert is "
-        f"{(more.total - ours.total) / theirs.total:.1%} of them. Raise model.active_experts, which makes experts "
-        "narrower, or the baseline's model.experts; or size the baseline after this model, if its steps are finer"
+        f"no match: model.ea.experts = {config.ea.experts} is nearest, and its parameters are "
+        f"{move.parameters_share:+.1%} from the baseline's (tolerance {tolerance:.1%}): one expert is "
+        f"{(more.total - ours.total) / theirs.total:.1%} of them. Raise model.ea.active_experts, which makes experts "
+        "narrower, or the baseline's model.ea.experts; or size the baseline after this model, if its steps are finer"
     )
 
 
-def _largest_excess(ours: Mapping[str, int | float], theirs: Mapping[str, int | float], mends: dict[str, str]) -> str:
+def _largest_excess(config: ModelConfig, ours: Count[Any], theirs: Count[Any]) -> str:
     """The component that exceeds the baseline's by most, as a share of the baseline's total, and how to lower it."""
-    more = {name: ours[name] - theirs[name] for name in ours}
+    baseline = theirs.by_component()
+    more = {name: cost - baseline.get(name, 0) for name, cost in ours.by_component().items()}
     name = max(more, key=more.__getitem__)
-    return f"The largest excess is {name}, by {more[name] / sum(theirs.values()):.1%} of the total: {mends[name]}"
+    fewer = _FEWER | {part: fix for dimension in config.dimensions.values() for part, fix in dimension.fewer.items()}
+    fix = fewer.get(name, "lower the keys that it depends on")
+    return f"The largest excess is {name}, by {more[name] / theirs.total:.1%} of the total: {fix}"

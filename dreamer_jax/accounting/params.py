@@ -1,125 +1,100 @@
 """Exact parameter counts by component (Table 1): those stored, and those that take part in one token's forward pass.
 
-Router biases are no parameters: Eq. 3 moves them, no gradient does.
+Both follow from the tables of weights in `model_config.py`. Router biases are no parameters: Eq. 3 moves them, no
+gradient does.
 """
 
-import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from dreamer_jax.config import ModelConfig
+from dreamer_jax.dimensions.base import Weight
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
-class ParameterCount:
-    """Trained weights by component."""
+class Count(Generic[Number]):
+    """Parameters, or FLOPs, by component; a component that a model does not have is absent."""
 
-    embedding: int
-    lm_head: int
-    norms: int
-    """All RMSNorm weights: of the residual stream, before each attention, of queries and keys, of routers."""
-    sa_projections: int
-    """QKV and output of SA; in DR the routed experts."""
-    da_projections: int
-    """QKV and output of DA; in DR the routed experts."""
-    shared_experts: int
-    """The shared experts of the attention MoEs, which Eq. 8 merges away for inference."""
-    attention_routers: int
-    """Query projections and keys of the attention MoEs' routers."""
-    ea_experts: int
-    ea_router: int
+    components: dict[str, Number]
 
     @property
-    def total(self) -> int:
+    def total(self) -> Number:
         """All components."""
-        return sum(self.by_component().values())
+        return sum(self.components.values())
 
-    @property
-    def embeddings(self) -> int:
-        """Embedding and LM head."""
-        return self.embedding + self.lm_head
-
-    def by_component(self) -> dict[str, int]:
+    def by_component(self) -> dict[str, Number]:
         """The rows of a table; they add up to the total."""
-        return dataclasses.asdict(self)
+        return dict(self.components)
 
 
-def parameters(config: ModelConfig) -> ParameterCount:
+def parameters(config: ModelConfig) -> Count[int]:
     """Stored parameters."""
-    layers = 1 if config.depth_recurrent else config.depth
-    return _count(
-        config,
-        layers,
-        embedding=config.vocab * config.width,
-        residual_norms=1,
-        linear_experts=config.linear_experts if config.routed_attention else 1,
-        shared=config.routed_attention,
-        experts=config.experts,
-    )
+    return _count(stored_weights(config), lambda weight: weight.size)
 
 
-def active_parameters(config: ModelConfig) -> ParameterCount:
+def active_parameters(config: ModelConfig) -> Count[int]:
     """Parameters that one token meets in a forward pass, a weight counted at every depth that uses it.
 
     Counted by use, so that LA and DR of equal FLOPs have about equal numbers. Shared experts are out (merged, Eq. 8),
     routers are whole, and of the embedding it is the token's row.
     """
-    return _count(
-        config,
-        config.depth,
-        embedding=config.width,
-        residual_norms=config.depth if config.depth_recurrent else 1,
-        linear_experts=1,
-        shared=False,
-        experts=config.active_experts,
-    )
+    return _count(used_weights(config), active_numbers)
 
 
-def attention_weights(config: ModelConfig) -> dict[str, int]:
-    """Weights of one QKV and one output projection, by attention kind: 'sa' and, with DA, 'da'."""
-    heads = {"sa": (config.query_heads, config.kv_heads, config.head_size)}
-    if config.depth_attention:
-        heads["da"] = (config.da_heads, config.da_kv_heads, config.da_head_size)
-    # q, k, v and the output; the output has as many columns as q.
-    return {kind: config.width * (2 * query + 2 * kv) * size for kind, (query, kv, size) in heads.items()}
+def stored_weights(config: ModelConfig) -> Iterator[tuple[Weight, int]]:
+    """Every weight with the number of layers that have it: one in DR, in LA one for each depth that it is used at."""
+    yield from ((weight, 1) for weight in config.outer_weights())
+    for name, dimension in config.dimensions.items():
+        layers = 1 if config.depth_recurrent else len(config.depths_of(name))
+        yield from ((weight, layers) for weight in dimension.weights(config))
 
 
-def expert_weights(config: ModelConfig) -> int:
-    """Weights of one SwiGLU expert: gate, up and down."""
-    return 3 * config.width * config.expert_width
+def used_weights(config: ModelConfig) -> Iterator[tuple[Weight, int]]:
+    """Every weight with how often one token's forward pass uses it."""
+    for weight in config.outer_weights():
+        # DR norms the residual stream at every depth.
+        yield weight, config.depth if weight.kind == "norm" and config.depth_recurrent else 1
+    for name, dimension in config.dimensions.items():
+        yield from ((weight, len(config.depths_of(name))) for weight in dimension.weights(config))
 
 
-def router_weights(config: ModelConfig, experts: int) -> int:
-    """Weights of one router over `experts`: query projection and keys."""
-    return (config.width + experts) * config.router_size
+def active_numbers(weight: Weight) -> int:
+    """Numbers of a weight that one token meets at one depth."""
+    return weight.size if weight.active is None else weight.active
 
 
-def _count(
-    config: ModelConfig,
-    layers: int,
-    *,
-    embedding: int,
-    residual_norms: int,
-    linear_experts: int,
-    shared: bool,
-    experts: int,
-) -> ParameterCount:
-    """`layers` layers with so many experts each; routers always choose among all."""
-    weights = attention_weights(config)
-    routers = len(weights) if config.routed_attention else 0
-    return ParameterCount(
-        embedding=embedding,
-        lm_head=config.width * config.vocab,
-        norms=residual_norms * config.width + layers * _norms_in_layer(config, routers + 1),
-        sa_projections=layers * linear_experts * weights["sa"],
-        da_projections=layers * linear_experts * weights.get("da", 0),
-        shared_experts=layers * sum(weights.values()) if shared else 0,
-        attention_routers=layers * routers * router_weights(config, config.linear_experts),
-        ea_experts=layers * experts * expert_weights(config),
-        ea_router=layers * router_weights(config, config.experts),
-    )
+def shared_out_experts(config: ModelConfig) -> int:
+    """The most experts that devices along the mesh axis "expert" can share out; 1 if there are none."""
+    sizes = (dict(zip(weight.axes, weight.shape, strict=True)) for weight, _ in stored_weights(config))
+    return max(shape.get("expert", 1) for shape in sizes)
 
 
-def _norms_in_layer(config: ModelConfig, routers: int) -> int:
-    """Pre-norms of SA, DA and EA; queries and keys of SA and DA, one weight for all heads; those of the routers."""
-    heads = 2 * config.head_size + (2 * config.da_head_size if config.depth_attention else 0)
-    return config.attention_dims * config.width + heads + routers * 2 * config.router_size
+def exchanged_rows(config: ModelConfig) -> int:
+    """Rows of one token that travel to experts on other devices in a forward pass, over all depths."""
+    return sum(len(config.depths_of(name)) * rows for name, rows in _exchanged(config).items())
+
+
+def most_exchanged(config: ModelConfig) -> int:
+    """The most rows of one token that travel at one time."""
+    return max(_exchanged(config).values(), default=0)
+
+
+def _exchanged(config: ModelConfig) -> dict[str, int]:
+    """Experts that a token selects at a depth, for the dimensions whose experts are shared out."""
+    return {
+        name: dimension.routers(config)
+        for name, dimension in config.dimensions.items()
+        if any("expert" in weight.axes for weight in dimension.weights(config))
+    }
+
+
+def _count(weights: Iterable[tuple[Weight, int]], numbers: Callable[[Weight], int]) -> Count[int]:
+    components: dict[str, int] = {}
+    # Norms last: they are of all dimensions.
+    for weight, times in sorted(weights, key=lambda pair: pair[0].kind == "norm"):
+        if weight.trained:
+            components[weight.component] = components.get(weight.component, 0) + times * numbers(weight)
+    return Count(components)

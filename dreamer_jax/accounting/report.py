@@ -15,7 +15,7 @@ from dreamer_jax.accounting.fit import (
     tokens_per_second,
     training_days,
 )
-from dreamer_jax.accounting.flops import forward_flops, generated_flops, mean_context, training_flops
+from dreamer_jax.accounting.flops import forward_flops, generated_flops, training_flops
 from dreamer_jax.accounting.hardware import GIB, Hardware
 from dreamer_jax.accounting.match import Move
 from dreamer_jax.accounting.memory import (
@@ -24,8 +24,10 @@ from dreamer_jax.accounting.memory import (
     table_1_memory,
     training_memory,
 )
-from dreamer_jax.accounting.params import active_parameters, parameters
-from dreamer_jax.config import Config
+from dreamer_jax.accounting.params import Count, active_parameters, exchanged_rows, parameters, stored_weights
+from dreamer_jax.config import Config, ModelConfig
+from dreamer_jax.dimensions.base import mean_context
+from dreamer_jax.model_config import known_dimensions
 
 GENERATED = 1024
 """Tokens of the generation that Table 1 averages over."""
@@ -38,17 +40,11 @@ def plan_record(config: Config, mesh: Mapping[str, int], device: Hardware, mfu: 
     """Parameters, FLOPs per token, bytes per device, whether it fits and, where a peak is known, how fast it may be."""
     model, devices = config.model, math.prod(mesh.values())
     memory = training_memory(config, mesh, device.platform)
-    training = training_flops(model, config.data.context)
     record: Record = {
         "name": config.name,
-        "model": {
-            "variant": model.variant,
-            "depth": model.depth,
-            "width": model.width,
-            "experts": model.experts,
-            "active_experts": model.active_experts,
-            "expert_width": model.expert_width,
-        },
+        "model": {"variant": model.variant, "depth": model.depth, "width": model.width}
+        | _unshared_keys(model)
+        | {"dimensions": {name: dict(vars(section)) for name, section in model.dimensions.items()}},
         "batch": {
             "rows": config.train.batch,
             "context": config.data.context,
@@ -59,10 +55,10 @@ def plan_record(config: Config, mesh: Mapping[str, int], device: Hardware, mfu: 
         },
         "mesh": dict(mesh),
         "devices": devices,
-        "parameters": parameters(model).by_component() | {"total": parameters(model).total},
-        "active_parameters": active_parameters(model).by_component() | {"total": active_parameters(model).total},
+        "parameters": _with_total(parameters(model)),
+        "active_parameters": _with_total(active_parameters(model)),
         "flops_per_token": {
-            "training": training.by_component() | {"total": training.total},
+            "training": _with_total(training_flops(model, config.data.context)),
             "prefill": _with_total(forward_flops(model, mean_context(config.data.context))),
             "generated": _with_total(generated_flops(model, GENERATED)),
         },
@@ -74,7 +70,14 @@ def plan_record(config: Config, mesh: Mapping[str, int], device: Hardware, mfu: 
     return record
 
 
-def _with_total(count: Any) -> dict[str, float]:
+def _unshared_keys(model: ModelConfig) -> Record:
+    """Keys of the model's dimensions that no other dimension has: of EA its experts, but nobody's heads."""
+    keys = [key for section in known_dimensions(model).values() for key in vars(section)]
+    own = {key: value for section in model.dimensions.values() for key, value in vars(section).items()}
+    return {key: value for key, value in own.items() if keys.count(key) == 1}
+
+
+def _with_total(count: Count[Any]) -> dict[str, Any]:
     return count.by_component() | {"total": count.total}
 
 
@@ -111,8 +114,8 @@ def match_record(moves: Sequence[Move]) -> list[Record]:
     return [
         {
             "moved": move.moved,
-            "expert_width": move.config.expert_width,
-            "experts": move.config.experts,
+            "expert_width": move.config.ea.expert_width,
+            "experts": move.config.ea.experts,
             "flops": move.flops,
             "flops_share": move.flops_share,
             "parameters": move.parameters,
@@ -156,16 +159,17 @@ def least_sent(config: Config, mesh: Mapping[str, int]) -> dict[str, float]:
     model, size = config.model, compute_bytes(config)
     tokens = config.tokens_per_step / math.prod(mesh.values())
     away = (mesh["expert"] - 1) / mesh["expert"]
-    count = parameters(model)
-    others = count.total - count.ea_experts
+    total = parameters(model).total
+    experts = sum(layers * weight.size for weight, layers in stored_weights(model) if "expert" in weight.axes)
+    shared = parameters(model).by_component().get("shared_experts", 0)
     shared_out = mesh["fsdp"] * mesh["expert"]
-    gathered = others * (shared_out - 1) / shared_out
-    gathered += count.ea_experts / mesh["expert"] * (mesh["fsdp"] - 1) / mesh["fsdp"]
-    returned = gathered - count.shared_experts * (shared_out - 1) / shared_out
+    gathered = (total - experts) * (shared_out - 1) / shared_out
+    gathered += experts / mesh["expert"] * (mesh["fsdp"] - 1) / mesh["fsdp"]
+    returned = gathered - shared * (shared_out - 1) / shared_out
     copies = mesh["data"]
-    summed = 2 * count.total / shared_out * (copies - 1) / copies
+    summed = 2 * total / shared_out * (copies - 1) / copies
     return {
-        "token exchange": 4 * tokens * model.active_experts * model.width * size * model.depth * away,
+        "token exchange": 4 * tokens * exchanged_rows(model) * model.width * size * away,
         "weights": size * gathered,
         "gradients": 4 * (returned + summed),
     }
@@ -178,10 +182,9 @@ def show_plan(record: Record, console: Console) -> None:
     """Print a `plan_record`."""
     model, batch = record["model"], record["batch"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in record["mesh"].items())
-    console.print(
-        f"[bold]{record['name']}[/bold]: {model['variant']}, depth {model['depth']}, width {model['width']}, "
-        f"{model['active_experts']} of {model['experts']} experts of width {model['expert_width']}"
-    )
+    console.print(f"[bold]{record['name']}[/bold]: {model['variant']}, depth {model['depth']}, width {model['width']}")
+    for name, keys in model["dimensions"].items():
+        console.print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in keys.items()))
     console.print(
         f"{batch['rows']} rows of {batch['context']} tokens in {batch['microbatches']} microbatches, {batch['dtype']}, "
         f"remat {batch['remat']}; {record['devices']} device{'s' * (record['devices'] > 1)}: {mesh}\n"

@@ -1,6 +1,6 @@
 """The exchange format: a model as named arrays, as safetensors, and checkpoints converted to it and back."""
 
-from dreamer_jax.convert.model import Inspection, build, inspect, merged_model, named_arrays
+from dreamer_jax.convert.model import Inspection, build, inspect, named_arrays
 from dreamer_jax.convert.names import WeightError, expected_shapes
 from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, unmerged
 
@@ -11,7 +11,6 @@ __all__ = [
     "expected_shapes",
     "inspect",
     "load_safetensors",
-    "merged_model",
     "named_arrays",
     "save_safetensors",
     "unmerged",

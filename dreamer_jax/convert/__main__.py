@@ -13,13 +13,11 @@ from typing import Annotated, Literal
 import tyro
 
 from dreamer_jax.config import Config, ConfigError, ModelConfig, from_json, to_json
-from dreamer_jax.convert.model import build, is_merged, merged_model, named_arrays
-from dreamer_jax.convert.names import WeightError
+from dreamer_jax.convert.model import build, named_arrays
 from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, unmerged
-from dreamer_jax.data.tokenizer import load_tokenizer
+from dreamer_jax.data.tokenizer import FILES, find_tokenizer, load_tokenizer
 from dreamer_jax.training.checkpoint import load_model, save_model
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 RUN_CONFIG = "run.json"
 """The resolved config of the run that an export came from."""
 
@@ -69,17 +67,19 @@ def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     if (out / "checkpoints").is_dir():
         raise ConfigError(f"'{out}' is a run folder; choose another --out")
     loaded = load_model(checkpoint)
-    model = merged_model(loaded.model) if merged else loaded.model
+    model = loaded.model.merged() if merged else loaded.model
     arrays = named_arrays(model)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", *TOKENIZERS):  # of an export that was here before
+    for name in ("config.json", *FILES):  # of an export that was here before
         (out / name).unlink(missing_ok=True)
-    load_tokenizer(loaded.tokenizer_path).save(out)
+    if loaded.tokenizer_path is not None:
+        load_tokenizer(loaded.tokenizer_path).save(out)
     (out / RUN_CONFIG).write_text(to_json(loaded.config))
-    save_safetensors(out, loaded.config.model, arrays, is_merged(model))  # last: what has a config.json is whole
-    form = "merged" if is_merged(model) else "original"
+    save_safetensors(out, loaded.config.model, arrays, model.is_merged)  # last: what has a config.json is whole
+    form = "merged" if model.is_merged else "original"
     count = sum(array.size for array in arrays.values())
-    print(f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers), config, tokenizer")
+    beside = "config" if loaded.tokenizer_path is None else "config, tokenizer"
+    print(f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers), {beside}")
     print(f"next: python -m dreamer_jax.convert --from safetensors --source {out} --out RUN")
     return 0
 
@@ -87,23 +87,17 @@ def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
 def restore(source: Path, out: Path) -> int:
     """Write a run folder whose first checkpoint, at step 0, has an export's weights."""
     config, arrays, merged = load_safetensors(source)
-    tokenizer = tokenizer_file(source)
+    tokenizer = find_tokenizer(source)
+    if tokenizer is None:
+        print("note: the export has no tokenizer; train will put the one of its data there", file=sys.stderr)
     if merged:
         print("note: merged weights compute the same with shared experts of zero, which they get", file=sys.stderr)
         arrays = unmerged(config, arrays)
     run_config = dataclasses.replace(config_of_run(source, config), name=out.name, out=str(out.parent))
     save_model(out, run_config, build(config, arrays), tokenizer)
-    print(f"wrote {out}: checkpoint 0 with {len(arrays)} arrays, config.json, tokenizer")
+    print(f"wrote {out}: checkpoint 0 with {len(arrays)} arrays, config.json{', tokenizer' if tokenizer else ''}")
     print(f'next: python -m dreamer_jax.generate --checkpoint {out} --prompt "..."')
     return 0
-
-
-def tokenizer_file(source: Path) -> Path:
-    """The tokenizer of an export."""
-    found = [source / name for name in TOKENIZERS if (source / name).is_file()]
-    if not found:
-        raise WeightError(f"'{source}' has neither tokenizer.model nor tokenizer.json: put the model's tokenizer there")
-    return found[0]
 
 
 def config_of_run(source: Path, model: ModelConfig) -> Config:

@@ -1,16 +1,20 @@
 """A model from a dict of named arrays, and back; and a look at everything that it computes."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.config import ModelConfig, OptimizerConfig
 from dreamer_jax.convert import names
-from dreamer_jax.model.dreamer import Capture, Compute, Dreamer
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.kernels.documents import document_start
+from dreamer_jax.model.dreamer import Capture, Dreamer
 from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import rebalanced
@@ -23,30 +27,13 @@ def build(config: ModelConfig, arrays: Mapping[str, Any], *, merged: bool = Fals
         WeightError: a missing, extra or misshapen array, named.
     """
     names.check_names(arrays, names.expected_shapes(config, merged=merged))
-    model = nnx.eval_shape(lambda: Dreamer(config, nnx.Rngs(0), merged=merged))
-    graph, state = nnx.split(model)
-    values = names.from_named(config, arrays, merged=merged)
-    filled = {path: v.replace(jnp.asarray(values[path], jnp.float32)) for path, v in nnx.to_flat_state(state)}
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Dreamer(config, nnx.Rngs(0), merged=merged)))
+    return nnx.merge(graph, names.from_named(config, arrays, state))
 
 
 def named_arrays(model: Dreamer) -> dict[str, Array]:
     """All parameters and router biases by exchange names."""
-    return names.to_named(model.config, names.flat_values(nnx.state(model)), merged=is_merged(model))
-
-
-def is_merged(model: Dreamer) -> bool:
-    """Whether Eq. 8 has been applied and the shared experts dropped."""
-    return model.config.routed_attention and model.layer.sa.projections.w_qkv_shared is None
-
-
-def merged_model(model: Dreamer) -> Dreamer:
-    """The same function with W_e + W_shared as its attention experts (Eq. 8): for inference, not for training on."""
-    arrays = named_arrays(model)
-    for name in [n for n in arrays if n.endswith("_shared")]:
-        shared = arrays.pop(name)
-        arrays[name.removesuffix("_shared")] = arrays[name.removesuffix("_shared")] + shared[None]
-    return build(model.config, arrays, merged=model.config.routed_attention)
+    return names.to_named(model.config, nnx.state(model))
 
 
 class Inspection(NamedTuple):
@@ -62,36 +49,80 @@ class Inspection(NamedTuple):
 
 def inspect(
     model: Dreamer,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    response_mask: Bool[Array, "B T"] | None = None,
+    tokens: Int[Array | np.ndarray, "B T"],
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    response_mask: Bool[Array | np.ndarray, "B T"] | None = None,
     *,
     compute: Compute | None = None,
     optimizer: OptimizerConfig | None = None,
+    depth: int | None = None,
 ) -> Inspection:
-    """Run the training path once, in float32 unless `compute` says otherwise.
+    """Run the training path once, in float32 and with the trainer's kernels unless `compute` says otherwise.
 
     The loss is the mean cross-entropy over positions whose successor lies in the same document and, with a mask, is
-    a response token. `optimizer` gives the rates of Eq. 3.
-    """
-    compute = compute or Compute()
-    targets, weights = next_token_targets(tokens, segment_ids, response_mask)
-    graph, params, biases = taken_apart(model)
+    a response token. `optimizer` gives the rates of Eq. 3, `depth` how many depths run.
 
+    Args:
+        model: not merged for gradients of the shared experts.
+        tokens: ids in [0, V).
+        positions: of each token in its document; without them the documents of `segment_ids` are counted through.
+        segment_ids: equal numbers for the tokens of a document, 0 for padding; without them each row is a document.
+        response_mask: tokens that the loss looks at.
+        compute: how it is computed.
+        optimizer: rates of balancing.
+        depth: the trained depth if None.
+
+    Raises:
+        ValueError: a token id outside the vocabulary.
+        ConfigError: a depth that the model cannot run at.
+    """
+    check_tokens(np.asarray(tokens), model.config.vocab)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    positions = document_positions(segment_ids) if positions is None else jnp.asarray(positions, jnp.int32)
+    mask = None if response_mask is None else jnp.asarray(response_mask)
+    targets, weights = next_token_targets(tokens, segment_ids, mask)
+    graph, params, biases = taken_apart(model)
+    static = compute or Compute.fastest(), optimizer or OptimizerConfig(), depth
+    return _inspect(graph, *static, params, biases, tokens, positions, segment_ids, targets, weights)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _inspect(
+    graph: Any,
+    compute: Compute,
+    optimizer: OptimizerConfig,
+    depth: int | None,
+    params: nnx.State,
+    biases: nnx.State,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array,
+    targets: Array,
+    weights: Array,
+) -> Inspection:
     def loss(params: nnx.State) -> tuple[Array, Any]:
         model = nnx.merge(graph, params, biases)
-        hidden, figures, capture = model(tokens, positions, segment_ids, compute, capture=True)
-        total = cross_entropy_sum(hidden, model.lm_head[...].astype(compute.dtype), targets, weights)
-        return total / jnp.maximum(jnp.sum(weights), 1.0), (hidden, figures, capture)
+        passed = model(tokens, positions, segment_ids, compute, depth=depth, capture=True)
+        total = cross_entropy_sum(passed.hidden, model.lm_head[...].astype(compute.dtype), targets, weights)
+        return total / jnp.maximum(jnp.sum(weights), 1.0), (passed, model.logits(passed.hidden, compute))
 
-    (value, (hidden, figures, capture)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    updated = rebalanced(biases, figures.routers, model.config, optimizer or OptimizerConfig())
-    merged = is_merged(model)
-    return Inspection(
-        logits=model.logits(hidden, compute),
-        capture=capture,
-        loss=value,
-        gradients=names.to_named(model.config, names.flat_values(gradients), merged=merged),
-        biases=names.to_named(model.config, names.flat_values(updated), merged=merged),
-    )
+    (value, (passed, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    config = nnx.merge(graph, params, biases).config
+    updated = rebalanced(biases, passed.figures.routers, config, optimizer)
+    by_name = functools.partial(names.to_named, config)
+    return Inspection(logits, passed.capture, value, by_name(gradients), by_name(updated))
+
+
+def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of each token in its document."""
+    token = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    return token - document_start(segment_ids)
+
+
+def check_tokens(tokens: np.ndarray, vocab: int) -> None:
+    """Raise ValueError if a token id lies outside the vocabulary."""
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab):
+        worst = tokens.max() if tokens.max() >= vocab else tokens.min()
+        raise ValueError(f"token id {worst} is not in the model's vocabulary of {vocab} (0 to {vocab - 1})")

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,14 +42,13 @@ from dreamer_jax.data.sources import (
     source_files,
 )
 from dreamer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from dreamer_jax.distributed import becomes_visible
 
 VERSION = 1
 """Raise when the same config and files would give other prepared data."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 EXAMPLES = 4
 """Held-out exercises of each source that the report quotes, for samples during training."""
-VISIBLE_SECONDS = 60.0
-"""How long a network file system may take to show one machine what another has written."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def prepare(config: Config, *, process_index: int = 0) -> Prepared:
         process_index: process 0 builds; any other opens what it has built, and is to be called after it.
 
     Raises:
-        DataError: raw files, rows, tokenizer or cache that cannot be used, with the cause and the mend.
+        DataError: raw files, rows, tokenizer or cache that cannot be used, with the cause and the fix.
     """
     _check(config)
     directory = Path(config.data.cache).expanduser() / preparation_key(config)
@@ -157,14 +155,11 @@ def _check(config: Config) -> None:
 
 def _wait_for(directory: Path) -> None:
     """Return when the folder exists, which the rename makes the same as being whole."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not directory.is_dir():
-        if time.monotonic() > deadline:
-            raise DataError(
-                f"process 0 has prepared the data, but '{directory}' is not there for this process: data.cache must be "
-                f"on a file system that all processes share, and the raw files the same for all"
-            )
-        time.sleep(0.2)
+    if not becomes_visible(directory.is_dir):
+        raise DataError(
+            f"process 0 has prepared the data, but '{directory}' is not there for this process: data.cache must be "
+            f"on a file system that all processes share, and the raw files the same for all"
+        )
 
 
 def _build(config: Config, directory: Path) -> None:
@@ -366,15 +361,15 @@ def _write_dataset(builder: TokenizedDocuments) -> None:
 
 def _open(config: Config, directory: Path) -> Prepared:
     """Check a finished folder and describe it."""
-    mend = f"delete the folder '{directory}' and start again"
+    fix = f"delete the folder '{directory}' and start again"
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         for name, size in report["files"].items():
             found = (directory / name).stat().st_size
             if found != size:
-                raise DataError(f"'{directory / name}' has {found} bytes and was written with {size}; {mend}")
+                raise DataError(f"'{directory / name}' has {found} bytes and was written with {size}; {fix}")
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"the prepared data are damaged ({error}); {mend}") from error
+        raise DataError(f"the prepared data are damaged ({error}); {fix}") from error
     _check_vocabulary(report["vocab"], config)
     return Prepared(
         directory=directory,

@@ -7,7 +7,7 @@ devices hold.
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -70,6 +70,19 @@ class HeldRows:
         return row
 
 
+class Batch(NamedTuple):
+    """Packed rows, [B, T] each: on the host, or on devices."""
+
+    tokens: Any
+    """int32."""
+    positions: Any
+    """int32, from 0 in each document."""
+    segment_ids: Any
+    """int32: 1, 2, ... by document, 0 where a row is empty."""
+    response_mask: Any
+    """bool: True on response tokens and the token that ends them."""
+
+
 def lay_out(documents: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]:
     """Documents one after another in a row of `size` tokens.
 
@@ -118,7 +131,7 @@ def batches(
     split: Split,
     start_step: int = 0,
     held: Sequence[int] | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
     """Every batch from `start_step` on, or its rows `held` in their order; close the iterator to end its threads.
 
     Training batches never end. Validation is the first `train.validation_batches` batches of the held-out rows in a
@@ -126,7 +139,7 @@ def batches(
     filled up with empty rows (segment ids all 0): no row comes twice.
 
     Returns:
-        Arrays [B, T], or [len(held), T], as `lay_out` describes them.
+        Arrays [B, T], or [len(held), T].
 
     Raises:
         DataError: a damaged cache.
@@ -153,8 +166,9 @@ def _whole_batches(stream: grain.MapDataset, config: Config) -> grain.MapDataset
     return grain.MapDataset.concatenate([stream, padding])
 
 
-def _closing(iterator: Any) -> Iterator[dict[str, np.ndarray]]:
+def _closing(iterator: Any) -> Iterator[Batch]:
     try:
-        yield from iterator
+        for rows in iterator:
+            yield Batch(**rows)
     finally:
         iterator.close()

@@ -26,7 +26,7 @@ VALIDATION_SEED = 2**30
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the line, the cause and the mend."""
+    """Data that cannot be used; the message names the file, the line, the cause and the fix."""
 
 
 class Document(NamedTuple):
@@ -134,7 +134,7 @@ def _rows(path: Path, source: Source, data: DataConfig, skipped: Counter[str]) -
             except _UnusableRow as cause:
                 if data.bad_rows == "error":
                     raise DataError(
-                        f"{path}, line {number}: {cause}; mend the row, or leave such rows out (and count them) with "
+                        f"{path}, line {number}: {cause}; fix the row, or leave such rows out (and count them) with "
                         "--data.bad_rows skip"
                     ) from None
                 skipped[str(cause)] += 1

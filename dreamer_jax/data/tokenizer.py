@@ -16,8 +16,15 @@ from dreamer_jax.data.sources import DataError
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
+FILES = ("tokenizer.model", "tokenizer.json")
+"""What `Tokenizer.save` writes: one of these."""
 TRAINING_LINES = 2_000_000
 """Lines that SentencePiece reads at most; it samples from more."""
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer's file in a folder, if there is one."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
 @runtime_checkable

@@ -9,18 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from dreamer_jax import convert
 from dreamer_jax.config import ModelConfig
-from dreamer_jax.inference import cache as memory
-from dreamer_jax.inference.cache import SequenceCache
 from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
-from dreamer_jax.model import attend
-from dreamer_jax.model.dreamer import Compute, Dreamer, depth_weights, layer_at, layer_input, prepared
-from dreamer_jax.model.norm import rms_norm
-from dreamer_jax.model.rope import sequence_rotation
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.model.dreamer import Dreamer, checked_depth, prepared
+from dreamer_jax.model.mixture import Memories
 
 OnToken = Callable[[int, int], bool | None]
 """(row of the batch, new token) -> True to end this row here."""
@@ -36,28 +31,32 @@ class Decoder:
 
     config: ModelConfig = field(metadata={"static": True})
     compute: Compute = field(metadata={"static": True})
-    embed: Any
-    graph: Any
-    shared: Any
-    stacked: Any
-    biases: Any
-    residual_norm: Any
-    lm_head: Any
+    depth: int = field(metadata={"static": True})
+    graph: Any = field(metadata={"static": True})
+    state: Any
+
+    @property
+    def model(self) -> Dreamer:
+        """The model, put together."""
+        return nnx.merge(self.graph, self.state)
 
 
-def prepare(model: Dreamer, compute: Compute) -> Decoder:
-    """Merge, cast and pad the weights: once, not for every token."""
+def prepare(model: Dreamer, compute: Compute, *, depth: int | None = None) -> Decoder:
+    """Merge, cast and pad the weights: once, not for every token. `depth`: how many depths run.
+
+    Raises:
+        ConfigError: the model cannot run at this depth.
+    """
+    depth = checked_depth(model.config, depth)
     graph, state = nnx.split(model)
 
-    @jax.jit
-    def decoder(state: nnx.State) -> Decoder:
-        model = nnx.merge(graph, state)
-        model = convert.merged_model(model) if model.config.routed_attention else model
-        model = prepared(model, compute)
-        embed, lm_head = model.embed[...].astype(compute.dtype), model.lm_head[...]
-        return Decoder(model.config, compute, embed, *depth_weights(model), model.residual_norm[...], lm_head)
+    def ready(state: nnx.State) -> tuple[Any, nnx.State]:
+        model = prepared(nnx.merge(graph, state).merged(), compute)
+        model.embed.set_value(model.embed[...].astype(compute.dtype))
+        return nnx.split(model)
 
-    return decoder(state)
+    ready_graph, _ = nnx.eval_shape(lambda: ready(state))
+    return Decoder(model.config, compute, depth, ready_graph, jax.jit(lambda state: ready(state)[1])(state))
 
 
 def generate(
@@ -71,9 +70,10 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
+    depth: int | None = None,
 ) -> list[list[int]]:
     """The continuations of one batch of prompts, as `complete` gives them; for more batches `prepare` once."""
-    sampling, decoder = Sampling(temperature, top_p), prepare(model, compute)
+    sampling, decoder = Sampling(temperature, top_p), prepare(model, compute, depth=depth)
     return complete(decoder, prompts, sampling, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids, on_token=on_token)
 
 
@@ -93,20 +93,21 @@ def complete(
     it says depends on its prompt, its index in the batch and the seed, not on the other rows.
 
     Raises:
-        GenerationError: no prompt, an empty one, or max_tokens below 1.
+        GenerationError: no prompt, an empty one, a token outside of the vocabulary, or max_tokens below 1.
     """
     if max_tokens < 1:
         raise GenerationError(f"max-tokens = {max_tokens}: must be at least 1")
     tokens, lengths = padded(prompts)
+    _check_vocabulary(tokens, decoder.config.vocab)
     longest = int(lengths.max()) + max_tokens - 1  # the last token is never read
-    rows = memory.rows_for(max(longest, tokens.shape[1]))
+    rows = rows_for(max(longest, tokens.shape[1]))
     keys, positions = sequence_keys(seed, len(prompts)), jnp.asarray(lengths)
     completions = _Completions(len(prompts), stop_ids, on_token)
-    cache, following = _first(decoder, sampling, rows, jnp.asarray(tokens), positions, keys)
+    caches, following = _first(decoder, sampling, rows, jnp.asarray(tokens), positions, keys)
     for i in range(max_tokens):
         latest = following
         if i + 1 < max_tokens:  # the device starts on the next token before the host looks at this one
-            cache, following = _next(decoder, sampling, cache, latest, positions, keys)
+            caches, following = _next(decoder, sampling, caches, latest, positions, keys)
             positions = positions + 1
         if completions.append(jax.device_get(latest)):
             break
@@ -121,10 +122,22 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], In
         if not len(prompt):
             raise GenerationError(f"prompt {i} is empty")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), memory.rows_for(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(prompts), rows_for(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths
+
+
+def rows_for(tokens: int) -> int:
+    """`tokens` rounded up to one of four sizes per octave: few shapes to compile, little to spare."""
+    size = max(16, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // size) * size
+
+
+def _check_vocabulary(tokens: Int[np.ndarray, "B T"], vocab: int) -> None:
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        worst = tokens.max() if tokens.max() >= vocab else tokens.min()
+        raise GenerationError(f"token id {worst} is not in the model's vocabulary of {vocab} (0 to {vocab - 1})")
 
 
 class _Completions:
@@ -154,81 +167,60 @@ def _first(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"],
-) -> tuple[SequenceCache, Int[Array, "B"]]:
-    cache = memory.empty_cache(decoder.config, tokens.shape[0], rows, decoder.compute.dtype)
-    logits, cache = read_prompts(decoder, cache, tokens, lengths)
-    return cache, choose(logits, keys, lengths, sampling)
+) -> tuple[Memories, Int[Array, "B"]]:
+    caches = empty_caches(decoder, tokens.shape[0], rows)
+    logits, caches = read_prompts(decoder, caches, tokens, lengths)
+    return caches, choose(logits, keys, lengths, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("caches",))
 def _next(
     decoder: Decoder,
     sampling: Sampling,
-    cache: SequenceCache,
+    caches: Memories,
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
     keys: Key[Array, "B"],
-) -> tuple[SequenceCache, Int[Array, "B"]]:
-    logits, cache = read_tokens(decoder, cache, tokens, positions)
-    return cache, choose(logits, keys, positions + 1, sampling)
+) -> tuple[Memories, Int[Array, "B"]]:
+    logits, caches = read_tokens(decoder, caches, tokens, positions)
+    return caches, choose(logits, keys, positions + 1, sampling)
+
+
+def empty_caches(decoder: Decoder, batch: int, rows: int) -> Memories:
+    """What is remembered of `batch` sequences of at most `rows` tokens, by dimension."""
+    return decoder.model.empty_caches(decoder.depth, batch, rows, decoder.compute.dtype)
 
 
 def read_prompts(
-    decoder: Decoder, cache: SequenceCache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], SequenceCache]:
-    """The logits after each prompt's last token, and the cache with the prompts in its first T rows."""
+    decoder: Decoder, caches: Memories, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], Memories]:
+    """The logits after each prompt's last token, and the caches with the prompts in their first T rows."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    counted = positions < lengths[:, None]
-    segment_ids = counted.astype(jnp.int32)
-
-    def attend_prompts(cache: SequenceCache, l: Array, q: Array, k: Array, v: Array) -> tuple[Array, SequenceCache]:
-        o = attend.attend_sequence(q, k, v, segment_ids, backend=decoder.compute.attention)
-        return o, memory.write_prompts(cache, l, k, v)
-
-    x, cache = _through_depths(decoder, cache, tokens, positions, counted, attend_prompts)
-    return _logits(decoder, jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)), cache
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden, caches = _read(decoder, caches, tokens, positions, segment_ids)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return decoder.model.logits(last, decoder.compute)[:, 0], caches
 
 
 def read_tokens(
-    decoder: Decoder, cache: SequenceCache, tokens: Int[Array, "B"], positions: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], SequenceCache]:
-    """The logits after one more token of each sequence, which stands at its position, and the cache with it."""
+    decoder: Decoder, caches: Memories, tokens: Int[Array, "B"], positions: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], Memories]:
+    """The logits after one more token of each sequence, which stands at its position, and the caches with it.
 
-    def attend_tokens(cache: SequenceCache, l: Array, q: Array, k: Array, v: Array) -> tuple[Array, SequenceCache]:
-        cache = memory.write_tokens(cache, l, positions, k, v)
-        o = attend.attend_newest(q, *cache, l, positions + 1, backend=decoder.compute.attention)
-        return o, cache
-
-    counted = jnp.ones((len(tokens), 1), jnp.bool_)
-    x, cache = _through_depths(decoder, cache, tokens[:, None], positions[:, None], counted, attend_tokens)
-    return _logits(decoder, x), cache
+    Every position must lie in the caches' rows.
+    """
+    segment_ids = jnp.ones_like(tokens)[:, None]
+    hidden, caches = _read(decoder, caches, tokens[:, None], positions[:, None], segment_ids)
+    return decoder.model.logits(hidden, decoder.compute)[:, 0], caches
 
 
-def _through_depths(
+def _read(
     decoder: Decoder,
-    cache: SequenceCache,
+    caches: Memories,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    counted: Bool[Array, "B T"],
-    attend_at: Callable[..., tuple[Array, SequenceCache]],
-) -> tuple[Float[Array, "B T D"], SequenceCache]:
-    """The LM head's input, with `attend_at(cache, l, q, k, v)` as the attention of SA at depth l."""
-    config, matmul = decoder.config, decoder.compute.matmul
-    rotation = sequence_rotation(positions, config.head_size, config.rope_base)
-    y = decoder.embed.at[tokens].get(mode="clip")
-
-    def step(carry: Any, inputs: Any) -> Any:
-        y, depths, cache = carry
-        l, own = inputs
-        x = layer_input(config, decoder.shared, y, l)
-        layer = layer_at(config, decoder.graph, decoder.shared, own, decoder.biases, l)
-        output = layer(x, l, rotation, counted, depths, functools.partial(attend_at, cache, l), matmul)
-        return (output.y, memory.write_depth(depths, l, output.entry), output.kept), None
-
-    carry = (y, memory.empty_depth_cache(config, y), cache)
-    (y, _, cache), _ = lax.scan(step, carry, (jnp.arange(config.depth), decoder.stacked))
-    return rms_norm(y, decoder.residual_norm, config.norm_epsilon), cache
-
-
-def _logits(decoder: Decoder, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
-    return jnp.matmul(x[:, 0], decoder.lm_head, preferred_element_type=jnp.float32)
+    segment_ids: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Memories]:
+    at = decoder.compute, decoder.depth
+    passed = decoder.model.forward(tokens, positions, segment_ids, at[0], depth=at[1], caches=caches)
+    return passed.hidden, passed.caches

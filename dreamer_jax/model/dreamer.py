@@ -1,65 +1,23 @@
 """The language model: embedding, the depth loop over an attention mixture, LM head. LA, LA+DA, DR and DR+DA."""
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dreamer_jax.config import Config, ModelConfig
-from dreamer_jax.model import attend, grouped_matmul
-from dreamer_jax.model.depth_attention import DepthCache
-from dreamer_jax.model.expert_parallel import SLACK, Exchange, Transport, default_transport
-from dreamer_jax.model.mixture import Layer, LayerOutput
-from dreamer_jax.model.norm import rms_norm
-from dreamer_jax.model.parameters import cast_matrices, input_std, matrix, norm, taken_apart
-from dreamer_jax.model.recurrence import Remat, depth_scan
-from dreamer_jax.model.rope import Rotation, sequence_rotation
-from dreamer_jax.model.router import Routing
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the model is executed; it changes speed, memory and rounding, not the model."""
-
-    dtype: DTypeLike = jnp.float32
-    remat: Remat = "none"
-    attention: attend.AttentionBackend = "blocks"
-    matmul: grouped_matmul.Backend = "blocks"
-    exchange: Exchange | None = None
-    """For a mesh that shares out the experts; inside shard_map."""
-
-    @staticmethod
-    def of(config: Config, mesh: Mesh | None = None) -> "Compute":
-        """The config's choices, with 'auto' resolved for the mesh's platform (without one: the first device's)."""
-        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-        platform = device.platform
-        kernels = config.kernels
-        return Compute(
-            dtype=jnp.dtype(config.train.dtype),
-            remat=config.train.remat,
-            attention=attend.default_backend(platform, config.train.dtype)
-            if kernels.attention == "auto"
-            else kernels.attention,
-            matmul=grouped_matmul.default_backend(platform, config.train.dtype)
-            if kernels.grouped_matmul == "auto"
-            else kernels.grouped_matmul,
-            exchange=_exchange(kernels.expert_exchange, mesh),
-        )
-
-
-def _exchange(choice: Literal["auto"] | Transport, mesh: Mesh | None) -> Exchange | None:
-    if mesh is None or mesh.shape["expert"] == 1:
-        return None
-    device = mesh.devices.flat[0]
-    transport = default_transport(device.platform, device.device_kind) if choice == "auto" else choice
-    return Exchange("expert", mesh.shape["expert"], transport, SLACK[transport])
+from dreamer_jax.config import ConfigError, ModelConfig
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.kernels.interface import Kernels
+from dreamer_jax.kernels.norm import rms_norm
+from dreamer_jax.model.dimension import Context, Update
+from dreamer_jax.model.mixture import Layer, Memories
+from dreamer_jax.model.parameters import WeightTable, cast_matrices, taken_apart
+from dreamer_jax.model.recurrence import depth_scan
 
 
 class RouterFigures(NamedTuple):
@@ -73,7 +31,7 @@ class Figures(NamedTuple):
     """What a forward pass reports beside its result: sums over the batch, per depth, without gradient."""
 
     routers: dict[str, RouterFigures]
-    """By kind: 'ea', and in DR 'sa' and (with DA) 'da'."""
+    """By dimension, for those that route."""
     square: Float[Array, "L"]
     """Mean over D of the squared residual stream y_l."""
     tokens: Int[Array, ""]
@@ -81,14 +39,37 @@ class Figures(NamedTuple):
 
 
 class Capture(NamedTuple):
-    """Everything that analysis looks at."""
+    """Everything that analysis looks at; dicts are by dimension."""
 
     hidden: Float[Array, "inputs B T D"]
     """x_0 .. x_L, L + 1 in all: what each depth reads, and last what the LM head (LA: the final norm) reads."""
+    updates: dict[str, Float[Array, "L B T D"]]
+    """What each dimension adds to the residual stream."""
     experts: dict[str, Int[Array, "L B T A"]]
     scores: dict[str, Float[Array, "L B T A"]]
     """Weights of the selected experts: for EA normalised, for attention MoEs the plain score."""
-    depth_attention: Float[Array, "L B T N L"] | None
+    router_logits: dict[str, Float[Array, "L B T E"]]
+    """Without bias."""
+    counts: dict[str, Int[Array, "L E"]]
+    """Selections of each expert by non-padding tokens."""
+    attention: dict[str, Float[Array, "L ..."]]
+    """Maps of each token over what a dimension attends to; of DA over depths [L, B, T, N, L]."""
+
+    @property
+    def depth_attention(self) -> Any:
+        """DA's map over depths [L, B, T, N, L]; None without DA, or with its linear form."""
+        return self.attention.get("da")
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives back."""
+
+    hidden: Float[Array, "B T D"]
+    """The LM head's input."""
+    figures: Figures
+    caches: Memories
+    """Of generation, with the tokens of this pass; without them empty."""
+    capture: Capture | None
 
 
 class Dreamer(nnx.Module):
@@ -96,17 +77,13 @@ class Dreamer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, merged: bool = False):
         """`merged`: the attention MoEs hold W_e + W_shared and no shared experts (Eq. 8), for inference only."""
-        self.config = config
-        std = input_std(config)
-        self.embed = matrix(rngs, (), (config.vocab, config.width), ("vocab", "embed"), std)
+        self.config, self.is_merged = config, merged
+        outer = WeightTable(config, config.outer_weights(), rngs, "", ())
+        self.embed = outer.make("embed")
         self.layer = Layer(config, rngs, merged=merged)
         # DR: the norm of the residual stream at every depth. LA: one norm, before the LM head.
-        self.residual_norm = norm((), config.width)
-        self.lm_head = matrix(rngs, (), (config.width, config.vocab), ("embed", "vocab"), std)
-
-    def embedded(self, tokens: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
-        """x_0: the raw embedding."""
-        return self.embed[...].at[tokens].get(mode="clip").astype(compute.dtype)
+        self.residual_norm = outer.make("residual_norm" if config.depth_recurrent else "final_norm")
+        self.lm_head = outer.make("lm_head")
 
     def __call__(
         self,
@@ -115,14 +92,18 @@ class Dreamer(nnx.Module):
         segment_ids: Int[Array, "B T"],
         compute: Compute,
         *,
+        depth: int | None = None,
         capture: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Figures, Capture | None]:
+    ) -> Forward:
         """The LM head's input, the figures, and with `capture` every depth's inner life.
 
         Tokens attend within their document, equal numbers in `segment_ids`; 0 is padding. `positions` restart at 0
-        in each document.
+        in each document. `depth` is how many depths run, the trained number if None.
+
+        Raises:
+            ConfigError: a depth that this model cannot run at.
         """
-        return prepared(self, compute).forward(tokens, positions, segment_ids, compute, capture=capture)
+        return prepared(self, compute).forward(tokens, positions, segment_ids, compute, depth=depth, capture=capture)
 
     def forward(
         self,
@@ -131,31 +112,72 @@ class Dreamer(nnx.Module):
         segment_ids: Int[Array, "B T"],
         compute: Compute,
         *,
+        depth: int | None = None,
+        caches: Memories | None = None,
         capture: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Figures, Capture | None]:
-        """As a call, of a model whose weights are `prepared`: once per step, however many forward passes it has."""
-        config, x = self.config, self.embedded(tokens, compute)
+    ) -> Forward:
+        """As a call, of a model whose weights are `prepared`: once per step, however many forward passes it has.
+
+        With `caches` (of `empty_caches`) the tokens continue sequences: either prompts from position 0 on, padded at
+        the end, or one token of each sequence, at its position.
+        """
+        config, x = self.config, self.embedded(tokens, compute.dtype)
+        depth = checked_depth(config, depth)
         graph, shared, stacked, biases = depth_weights(self)
-        constants = (biases, sequence_rotation(positions, config.head_size, config.rope_base), segment_ids)
-        body = functools.partial(_depth_step, config, graph, compute, capture)
-        entry = depth_entry(config, x)
-        y, aux = depth_scan(body, shared, stacked, constants, x, entry, depth=config.depth, remat=compute.remat)
-        head_input = rms_norm(y, self.residual_norm[...], config.norm_epsilon)
-        routers, square, captured = aux
+        dimensions = self.layer.dimensions
+        before = {name: dimension.before_depths(positions) for name, dimension in dimensions.items()}
+        rows = {name: dimension.row(x, depth) for name, dimension in dimensions.items()}
+        carried = dict(caches or {})
+        if caches is not None:
+            states = {name: dimension.state(x, depth) for name, dimension in dimensions.items()}
+            carried |= _present(states)
+        rows = {name: row for name, row in _present(rows).items() if name not in carried}
+        body = functools.partial(_depth_step, config, graph, compute, depth, capture)
+        constants = biases, before, positions, segment_ids
+        scan = functools.partial(depth_scan, body, compute.implementation, depth=depth, remat=compute.remat)
+        y, carried, aux = scan(shared, stacked, constants, x, rows, carried)
+        hidden = rms_norm(y, self.residual_norm[...], config.norm_epsilon)
+        routers, square, seen = aux
         figures = Figures(routers, square, jnp.sum(segment_ids > 0))
-        x_last = head_input if config.depth_recurrent else y
-        return head_input, figures, _capture(captured, x_last) if capture else None
+        if capture:
+            inputs, updates = seen
+            seen = _capture(inputs, updates, hidden if config.depth_recurrent else y)
+        return Forward(hidden, figures, {name: carried[name] for name in caches or {}}, seen)
+
+    def embedded(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        """x_0: the raw embedding."""
+        return self.embed[...].at[tokens].get(mode="clip").astype(dtype)
+
+    def empty_caches(self, depth: int, batch: int, rows: int, dtype: DTypeLike) -> Memories:
+        """What generation remembers of `batch` sequences of at most `rows` tokens, by dimension."""
+        found = {name: d.cache(depth, batch, rows, dtype) for name, d in self.layer.dimensions.items()}
+        return _present(found)
 
     def logits(self, hidden: Float[Array, "B T D"], compute: Compute) -> Float[Array, "B T V"]:
         """LM head, float32 out. For training use the loss, which never holds this array."""
         return jnp.matmul(hidden, self.lm_head[...].astype(compute.dtype), preferred_element_type=jnp.float32)
 
+    def merged(self) -> "Dreamer":
+        """The same function with W_e + W_shared as its attention experts (Eq. 8): for inference, not for training.
+
+        The model itself where there is nothing to merge.
+        """
+        config = self.config
+        changes = any(d.weights(config, True) != d.weights(config, False) for d in config.dimensions.values())
+        if self.is_merged or not changes:
+            return self
+        model = nnx.clone(self)
+        for dimension in model.layer.dimensions.values():
+            dimension.merge()
+        model.is_merged = True
+        return model
+
 
 def prepared(model: Dreamer, compute: Compute) -> Dreamer:
-    """The model as the depth loop uses it: Eq. 8's merge, the kernels' padding, matrices in the compute dtype."""
+    """The model as the depth loop uses it: Eq. 8's sum, the kernels' padding, matrices in the compute dtype."""
     model = nnx.clone(model)
     embed = model.embed[...]
-    model.layer.prepare(compute.matmul)
+    model.layer.prepare(compute.implementation)
     graph, params, biases = taken_apart(model)
     model = nnx.merge(graph, cast_matrices(params, compute.dtype), biases)
     # Looked up, not multiplied: in float32, in which its gradient adds up many tokens.
@@ -163,39 +185,54 @@ def prepared(model: Dreamer, compute: Compute) -> Dreamer:
     return model
 
 
+def checked_depth(config: ModelConfig, depth: int | None) -> int:
+    """How many depths run, the trained number if None.
+
+    Raises:
+        ConfigError: the model cannot run at this depth.
+    """
+    if depth is None:
+        return config.depth
+    if depth < 1:
+        raise ConfigError(f"depth = {depth}: at least one depth must run")
+    if not config.depth_recurrent and depth != config.depth:
+        raise ConfigError(f"depth = {depth}: this model has {config.depth} distinct layers and runs at that depth only")
+    for name in config.dimensions:
+        if not config.depths_of(name, depth):
+            raise ConfigError(f"depth = {depth}: {name} would run at none of its depths (model.mixture)")
+    return depth
+
+
 def depth_weights(model: Dreamer) -> tuple[Any, dict[str, Any], dict[str, Any], nnx.State]:
-    """A prepared layer taken apart: (graph, weights shared by depths, stacked weights, router biases).
+    """A prepared layer taken apart: (graph, weights shared by depths, weights stacked over depths, router biases).
 
     The residual norm of DR belongs to every depth, so it travels with the shared weights.
     """
     graph, params, biases = taken_apart(model.layer)
-    nothing: dict[str, Any] = {}
     if model.config.depth_recurrent:
-        return graph, {"layer": params, "residual_norm": model.residual_norm[...]}, nothing, biases
-    return graph, nothing, {"layer": params}, biases
+        return graph, {"layer": params, "residual_norm": model.residual_norm[...]}, {}, biases
+    return graph, {}, {"layer": _at_all_depths(model.config, params)}, _at_all_depths(model.config, biases)
 
 
-def depth_entry(config: ModelConfig, x: Float[Array, "B T D"]) -> DepthCache | None:
-    """An empty cache entry of one depth for the tokens of x; None without DA."""
-    if not config.depth_attention:
-        return None
-    shape = (*x.shape[:2], config.da_kv_heads, config.da_head_size)
-    # Made from x, so that it varies over the same mesh axes.
-    zeros = jnp.broadcast_to(jnp.zeros_like(x[..., :1])[..., None], shape)
-    return DepthCache(zeros, zeros)
+def _at_all_depths(config: ModelConfig, state: nnx.State) -> nnx.State:
+    """LA's stacked arrays with an entry for every depth; where a dimension does not run, one that nobody reads."""
+    flat = dict(nnx.to_flat_state(state))
+    for path, variable in flat.items():
+        depths = config.depths_of(str(path[0]))
+        if len(depths) < config.depth:
+            entry = jnp.searchsorted(jnp.asarray(depths), jnp.arange(config.depth)).clip(0, len(depths) - 1)
+            flat[path] = variable.replace(variable[...][entry])
+    return nnx.from_flat_state(flat)
 
 
 def layer_at(
     config: ModelConfig, graph: Any, shared: dict[str, Any], own: dict[str, Any], biases: nnx.State, l: Array
 ) -> Layer:
-    """The layer of depth l: the one layer of DR, or the l-th of LA with its own router biases.
-
-    With parameters of its own, which may hand weights on in a loop around which the model's belong.
-    """
+    """The layer of depth l: the one layer of DR, or the l-th of LA with its own router biases."""
     if config.depth_recurrent:
-        return nnx.merge(graph, shared["layer"], biases, copy=True)
+        return nnx.merge(graph, shared["layer"], biases)
     at_depth = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, l, 0, False), biases)
-    return nnx.merge(graph, own["layer"], at_depth, copy=True)
+    return nnx.merge(graph, own["layer"], at_depth)
 
 
 def layer_input(
@@ -215,53 +252,51 @@ def _depth_step(
     config: ModelConfig,
     graph: Any,
     compute: Compute,
+    depth: int,
     capture: bool,
+    kernels: Kernels,
     shared: dict[str, Any],
     own: dict[str, Any],
-    constants: tuple[nnx.State, Rotation, Array],
+    constants: tuple[Any, ...],
     y: Float[Array, "B T D"],
-    cache: DepthCache | None,
+    cache: Memories,
+    carried: Memories,
     l: Int[Array, ""],
-) -> tuple[Float[Array, "B T D"], DepthCache | None, Any, tuple[dict[str, Any], DepthCache | None]]:
-    """One depth of training, y_{l-1} to y_l: packed attention, figures, and on request the capture.
-
-    The shared weights and the cache come back as the layer hands them on.
-    """
-    biases, rotation, segment_ids = constants
+) -> tuple[Float[Array, "B T D"], Memories, Memories, Any]:
+    """One depth, y_{l-1} to y_l, in training and in generation."""
+    biases, before, positions, segment_ids = constants
     x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
-    counted = segment_ids > 0
-
-    def attend_packed(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return attend.attend_sequence(q, k, v, segment_ids, backend=compute.attention), None
-
-    output = layer(x, l, rotation, counted, cache, attend_packed, compute.matmul, compute.exchange)
-    aux: tuple[Any, ...] = _figures(output, counted)
-    aux = (*aux, (x, _by_kind(output), output.depth_attention) if capture else None)
-    weights = {**shared, "layer": taken_apart(layer)[1]} if config.depth_recurrent else shared
-    return output.y, output.entry, lax.stop_gradient(aux), (weights, output.cache)
-
-
-def _by_kind(output: LayerOutput) -> dict[str, Routing]:
-    return {kind: routing for kind, routing in output.routings._asdict().items() if routing is not None}
-
-
-def _figures(output: LayerOutput, counted: Bool[Array, "B T"]) -> tuple[dict[str, RouterFigures], Float[Array, ""]]:
-    routers = {kind: RouterFigures(r.counts, r.entropy) for kind, r in _by_kind(output).items()}
+    context = Context(l, depth, kernels, compute.exchange, segment_ids, positions, None, None, capture)
+    output = layer(x, context, before, cache, carried)
+    routers = {
+        name: RouterFigures(update.routing.counts, update.routing.entropy)
+        for name, update in output.updates.items()
+        if update.routing is not None
+    }
     square = jnp.mean(jnp.square(output.y.astype(jnp.float32)), axis=-1)
-    return routers, jnp.sum(square, where=counted)
+    seen = (x, output.updates) if capture else None
+    return output.y, output.rows, output.carried, (routers, jnp.sum(square, where=context.counted), seen)
 
 
-def _capture(captured: Any, x_last: Float[Array, "B T D"]) -> Capture:
-    hidden, routings, attention = captured
+def _capture(inputs: Float[Array, "L B T D"], updates: dict[str, Update], x_last: Float[Array, "B T D"]) -> Capture:
     batch = x_last.shape[:2]
+    routings = _present({name: update.routing for name, update in updates.items()})
 
     def per_token(a: Array) -> Array:
         return a.reshape(a.shape[0], *batch, a.shape[-1])
 
     return Capture(
-        hidden=jnp.concatenate([hidden, x_last[None]]),
-        experts={kind: per_token(routing.ids) for kind, routing in routings.items()},
-        scores={kind: per_token(routing.scores) for kind, routing in routings.items()},
-        depth_attention=attention,
+        hidden=jnp.concatenate([inputs, x_last[None]]),
+        updates={name: update.residual for name, update in updates.items()},
+        experts={name: per_token(routing.ids) for name, routing in routings.items()},
+        scores={name: per_token(routing.scores) for name, routing in routings.items()},
+        router_logits={name: per_token(routing.logits) for name, routing in routings.items()},
+        counts={name: routing.counts for name, routing in routings.items()},
+        attention=_present({name: update.attention for name, update in updates.items()}),
     )
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,85 +1,111 @@
-"""The attention mixture: one layer of SA, DA and EA around a residual stream (3.6, Eq. 4, 5 and 6)."""
+"""The attention mixture: one layer of attention dimensions around a residual stream (3.6, Eq. 4, 5 and 6)."""
 
+import importlib
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax import lax
+from jaxtyping import Array, Float
 
-from dreamer_jax.config import ModelConfig
-from dreamer_jax.model.depth_attention import DepthAttention, DepthCache
-from dreamer_jax.model.expert_attention import ExpertAttention
-from dreamer_jax.model.expert_parallel import Exchange
-from dreamer_jax.model.grouped_matmul import Backend
-from dreamer_jax.model.parameters import Stack
-from dreamer_jax.model.rope import Rotation
-from dreamer_jax.model.router import Routing
-from dreamer_jax.model.sequence_attention import Attend, SequenceAttention
+from dreamer_jax.dimensions.base import Member
+from dreamer_jax.kernels.interface import Implementation, Kernels
+from dreamer_jax.model.dimension import Context, Dimension, Update
+from dreamer_jax.model_config import ModelConfig
+from dreamer_jax.sharding import vary_together
 
-
-class Routings(NamedTuple):
-    """Decisions of a layer's routers; None where there is no router."""
-
-    sa: Routing | None
-    da: Routing | None
-    ea: Routing
+Memories = dict[str, Any]
+"""By dimension; those without a memory of this kind are not in it."""
 
 
 class LayerOutput(NamedTuple):
     """What a layer gives back at one depth."""
 
     y: Float[Array, "B T D"]
-    entry: DepthCache | None
-    cache: DepthCache | None
-    """The depth cache as it came in; through it the gradient of later depths reaches this one."""
-    kept: Any
-    """What the sequence attention handed in chose to keep."""
-    routings: Routings
-    depth_attention: Float[Array, "B T N L"] | None
+    rows: Memories
+    """The rows of this depth."""
+    carried: Memories
+    """States and caches after this depth."""
+    updates: dict[str, Update]
+    """By dimension, without their memories."""
 
 
 class Layer(nnx.Module):
-    """SA, DA (if on) and EA, combined by `model.mixture`."""
+    """The dimensions of the mixture, as attributes by their names."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, merged: bool):
         """One layer for DR; for LA all layers, stacked along a leading axis."""
         self.config = config
-        stack: Stack = () if config.depth_recurrent else (config.depth,)
-        self.sa = SequenceAttention(config, rngs, stack, merged=merged)
-        self.da = DepthAttention(config, rngs, stack, merged=merged) if config.depth_attention else None
-        self.ea = ExpertAttention(config, rngs, stack)
+        for name, section in config.dimensions.items():
+            file, kind = section.module.split(".")
+            module = getattr(importlib.import_module(f"dreamer_jax.model.{file}"), kind)
+            setattr(self, name, module(config, rngs, merged=merged))
 
-    def prepare(self, backend: Backend) -> None:
+    @property
+    def dimensions(self) -> dict[str, Dimension]:
+        """The dimensions by name."""
+        return {name: getattr(self, name) for name in self.config.dimensions}
+
+    def prepare(self, kernels: Implementation) -> None:
         """Bring the weights, in place, into the form that the depth loop uses (Eq. 8, kernel padding)."""
-        for attention in (self.sa, self.da):
-            if attention is not None:
-                attention.projections.merge_shared()
-        self.ea.pad(backend)
+        for dimension in self.dimensions.values():
+            dimension.prepare(kernels)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        l: Int[Array, ""],
-        rotation: Rotation,
-        counted: Bool[Array, "B T"],
-        cache: DepthCache | None,
-        attend: Attend,
-        backend: Backend,
-        exchange: Exchange | None = None,
+        context: Context,
+        prepared: dict[str, Any],
+        rows: Memories,
+        carried: Memories,
     ) -> LayerOutput:
-        """y_l from x_l, before the residual norm of DR. `counted` marks the tokens that are not padding."""
-        da_update, entry, cache, attention, da_routing = self._depth_update(x, l, counted, cache, backend)
-        sa_input = x + da_update if self.config.mixture == "sequential" else x
-        sa_update, kept, sa_routing = self.sa(sa_input, l, rotation, counted, attend, backend)
-        ea_input = x if self.config.mixture == "parallel" else x + da_update + sa_update
-        ea_update, ea_routing = self.ea(ea_input, l, counted, backend, exchange)
-        y = x + da_update + sa_update + ea_update
-        return LayerOutput(y, entry, cache, kept, Routings(sa_routing, da_routing, ea_routing), attention)
+        """y_l from x_l, before the residual norm of DR.
 
-    def _depth_update(
-        self, x: Float[Array, "B T D"], l: Int[Array, ""], counted: Bool[Array, "B T"], cache: Any, backend: Backend
-    ) -> tuple[Any, DepthCache | None, DepthCache | None, Any, Routing | None]:
-        """DA's residual update and what comes with it; a zero update where DA is off."""
-        if self.da is None:
-            return jnp.zeros((), x.dtype), None, cache, None, None
-        return self.da(x, l, counted, cache, backend)
+        The members of a group read the same input; the next group reads the residual stream with all their updates.
+        """
+        updates: dict[str, Update] = {}
+        new_rows, new_carried = {}, dict(carried)
+        for group in self.config.groups:
+            given = _residual_stream(x, updates)
+            for member in group:
+                name = member.name
+                memory = rows.get(name, carried.get(name))
+                own = context._replace(prepared=prepared[name], memory=memory)
+                update = self._update(member, given, own, carried.get(name))
+                if name in rows:
+                    new_rows[name] = update.kept
+                elif name in carried:
+                    new_carried[name] = update.kept
+                updates[name] = update._replace(kept=None)
+        return LayerOutput(_residual_stream(x, updates), new_rows, new_carried, updates)
+
+    def _update(self, member: Member, x: Float[Array, "B T D"], context: Context, carried: Any) -> Update:
+        """The update of a member; at depths where it does not run nothing is added, and `carried` stays as it is."""
+        dimension, depths = getattr(self, member.name), member.runs_at(context.depth)
+        if len(depths) == context.depth:
+            return dimension(x, context)
+        # What kernels hand on inside of a branch does not leave it, so the branch has books of its own.
+        inside = context._replace(kernels=Kernels(context.kernels.run))
+
+        def run() -> Update:
+            return _varying_like(x, dimension(x, inside))
+
+        def skip() -> Update:
+            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))
+            return _varying_like(x, nothing if carried is None else nothing._replace(kept=carried))
+
+        return lax.cond(jnp.isin(context.l, jnp.asarray(depths)), run, skip)
+
+
+def _residual_stream(x: Float[Array, "B T D"], updates: dict[str, Update]) -> Float[Array, "B T D"]:
+    """X with all updates so far."""
+    for update in updates.values():
+        x = x + update.residual
+    return x
+
+
+def _varying_like(x: Array, update: Update) -> Update:
+    """Both branches of a condition must vary over the same mesh axes: those of x."""
+    leaves, tree = jax.tree.flatten(update)
+    return jax.tree.unflatten(tree, vary_together(x, *leaves)[1:])

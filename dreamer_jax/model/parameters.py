@@ -1,6 +1,7 @@
-"""Kinds of parameter, their initialisation and the logical axes that `sharding.py` maps to the mesh."""
+"""Kinds of parameter, and how a dimension's table of weights becomes arrays (initialisation: Table 3)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dreamer_jax.config import ModelConfig
+from dreamer_jax.dimensions.base import Weight
+from dreamer_jax.model_config import ModelConfig
 
 Stack = tuple[int, ...]
-"""Leading axes of a parameter: () for the one layer of DR, (L,) for the distinct layers of LA."""
+"""Leading axes of a parameter: () for the one layer of DR; for LA the number of layers that have it."""
 
 
 class Matrix(nnx.Param):
@@ -30,15 +32,56 @@ class RouterBias(nnx.Variable):
     """b of Eq. 2: moved by Eq. 3 alone. Float32, no gradient, no weight decay."""
 
 
-def matrix(rngs: nnx.Rngs, stack: Stack, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> Matrix:
-    """A matrix drawn from N(0, std)."""
-    value = std * jax.random.normal(rngs.params(), (*stack, *shape), jnp.float32)
-    return Matrix(value, axes=("depth",) * len(stack) + axes)
+class Constant(nnx.Variable):
+    """An array without gradient that stays as it was made, such as embeddings of texts. Float32."""
 
 
-def norm(stack: Stack, size: int) -> Norm:
-    """A norm weight that starts at one."""
-    return Norm(jnp.ones((*stack, size), jnp.float32), axes=("depth",) * len(stack) + ("norm",))
+_KINDS: dict[str, type[nnx.Variable]] = {
+    "input": Matrix,
+    "output": Matrix,
+    "keys": RouterKeys,
+    "norm": Norm,
+    "bias": RouterBias,
+    "constant": Constant,
+}
+
+
+class WeightTable:
+    """Makes the arrays of one dimension, or of what surrounds the layers, by their names in the exchange format.
+
+    Every array remembers its logical axes and its names: `sharding` and `convert` read them off the model.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Sequence[Weight], rngs: nnx.Rngs, prefix: str, stack: Stack):
+        """Names begin with `prefix`: "sa.", or nothing outside the layers."""
+        self._config, self._rngs, self._prefix, self._stack = config, rngs, prefix, stack
+        self._weights = {weight.name: weight for weight in weights}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def make(self, *names: str) -> Any:
+        """One array; or several side by side along the last axis, drawn as one."""
+        weights = [self._weights[name] for name in names]
+        first = weights[0]
+        shape = (*self._stack, *first.shape[:-1], sum(weight.shape[-1] for weight in weights))
+        axes = ("depth",) * len(self._stack) + first.axes
+        value = self._initial(first, shape)
+        return _KINDS[first.kind](value, axes=axes, exchange=tuple(self._prefix + name for name in names))
+
+    def _initial(self, weight: Weight, shape: tuple[int, ...]) -> jax.Array:
+        if weight.kind == "norm":
+            return jnp.ones(shape, jnp.float32)
+        if weight.kind in ("bias", "constant"):
+            return jnp.zeros(shape, jnp.float32)
+        std = output_std(self._config) if weight.kind == "output" else input_std(self._config)
+        return std * jax.random.normal(self._rngs.params(), shape, jnp.float32)
+
+
+def table_of(config: ModelConfig, name: str, rngs: nnx.Rngs, *, merged: bool) -> WeightTable:
+    """The weights of the dimension of this name: of one layer in DR, of all layers in LA that have it."""
+    stack = () if config.depth_recurrent else (len(config.depths_of(name)),)
+    return WeightTable(config, config.dimensions[name].weights(config, merged), rngs, f"{name}.", stack)
 
 
 def input_std(config: ModelConfig) -> float:
@@ -52,8 +95,8 @@ def output_std(config: ModelConfig) -> float:
 
 
 def taken_apart(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
-    """(graph definition, parameters, router biases) of a model or layer; `nnx.merge` puts them together again."""
-    graph, *states = nnx.split(module, nnx.Param, RouterBias)
+    """(graph definition, parameters, router biases and constants); `nnx.merge` puts them together again."""
+    graph, *states = nnx.split(module, nnx.Param, (RouterBias, Constant))
     return graph, states[0], states[1]
 
 

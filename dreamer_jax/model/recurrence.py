@@ -7,77 +7,79 @@ backward pass hands the final cache to every depth and accumulates its cotangent
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-Remat = Literal["none", "full", "selective", "products"]
+from dreamer_jax.kernels.compute import Remat
+from dreamer_jax.kernels.interface import Implementation, Kernels
 
-Body = Callable[[PyTree, PyTree, PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree, PyTree, PyTree]]
-"""body(shared, own, constants, x, cache, l) -> (x of the next depth, cache entry of depth l, aux, (shared, cache)).
-
-The shared weights and the cache come back unchanged. Through them the gradient of later depths reaches an operation
-that hands them on, which can add its own to that in place.
-"""
+Body = Callable[..., tuple[jax.Array, PyTree, PyTree, PyTree]]
+"""body(kernels, shared, own, constants, x, cache, carried, l) -> (x of the next depth, cache row of depth l, carried,
+aux)."""
 
 
 def depth_scan(
     body: Body,
+    kernels: Implementation,
     shared: PyTree,
     stacked: PyTree,
     constants: PyTree,
     x: jax.Array,
-    entry: PyTree,
+    row: PyTree,
+    carried: PyTree = None,
     *,
     depth: int,
     remat: Remat,
-) -> tuple[jax.Array, PyTree]:
-    """Apply `body` at depths 0 .. depth-1 and return (x of the last depth, aux stacked over depths).
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """Apply `body` at depths 0 .. depth-1 and return (x of the last depth, carried, aux stacked over depths).
 
     Args:
         body: one depth. It must not read cache rows >= l, and must not close over traced arrays.
+        kernels: computes the body's operations.
         shared: weights of all depths (DR); the gradient is summed in their dtype.
         stacked: weights with leading axis `depth` (LA); `body` gets its own slice.
         constants: arrays without gradient (positions, router biases).
         x: the residual stream before depth 0.
-        entry: a pytree of arrays like one depth's cache entry; the cache has `depth` such rows, zero at first.
+        row: a pytree of arrays like one depth's row of the cache; the cache has `depth` such rows, zero at first.
+        carried: what goes from depth to depth beside x (caches and states of generation).
         depth: L.
         remat: what the backward pass recomputes (`train.remat`); never what is named "routing".
 
-    No gradient flows through aux.
+    No gradient flows through carried and aux.
     """
-    run: Callable[..., Any] = _remat(body, remat)
-    empty = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), entry)
+    one_depth = _handing_on(body, kernels)
+    run = _remat(one_depth, remat)
+    empty = jax.tree.map(lambda e: jnp.stack([jnp.zeros_like(e)] * depth), row)
     indices = jnp.arange(depth)
 
     @jax.custom_vjp
-    def scan(shared: PyTree, stacked: PyTree, constants: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    def scan(shared: PyTree, stacked: PyTree, constants: PyTree, x: jax.Array, carried: PyTree) -> Any:
         def step(carry: Any, inputs: Any) -> Any:
-            x, cache = carry
+            x, cache, carried = carry
             l, own = inputs
-            x, entry, aux, _ = body(shared, own, constants, x, cache, l)
-            return (x, _put(cache, entry, l)), aux
+            (x, row, _), (carried, aux) = one_depth(shared, own, constants, x, cache, carried, l)
+            return (x, _put(cache, row, l), carried), aux
 
-        (x, _), aux = lax.scan(step, (x, empty), (indices, stacked))
-        return x, aux
+        (x, _, carried), aux = lax.scan(step, (x, empty, carried), (indices, stacked))
+        return x, carried, aux
 
-    def forward(shared: PyTree, stacked: PyTree, constants: PyTree, x: jax.Array) -> Any:
+    def forward(shared: PyTree, stacked: PyTree, constants: PyTree, x: jax.Array, carried: PyTree) -> Any:
         def step(carry: Any, inputs: Any) -> Any:
-            x, cache = carry
+            x, cache, carried = carry
             l, own = inputs
 
-            def at_depth(*args: Any) -> Any:
-                x, entry, aux, handed_on = run(*args, l)
-                return (x, entry, handed_on), aux
+            def at_depth(*arguments: Any) -> Any:
+                return run(*arguments, carried, l)
 
-            (x, entry, _), vjp, aux = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)
-            return (x, _put(cache, entry, l)), (aux, _without_common_arguments(vjp))
+            (x, row, _), vjp, (carried, aux) = jax.vjp(at_depth, shared, own, constants, x, cache, has_aux=True)
+            return (x, _put(cache, row, l), carried), (aux, _without_common_arguments(vjp))
 
-        (x, cache), (aux, vjps) = lax.scan(step, (x, empty), (indices, stacked))
-        return (x, aux), (shared, stacked, constants, cache, vjps)
+        (x, cache, carried), (aux, vjps) = lax.scan(step, (x, empty, carried), (indices, stacked))
+        return (x, carried, aux), (shared, stacked, constants, cache, vjps)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         shared, stacked, constants, cache, vjps = residuals
@@ -91,13 +93,29 @@ def depth_scan(
 
         start = (jax.tree.map(jnp.zeros_like, shared), cotangents[0], jax.tree.map(jnp.zeros_like, cache))
         (d_shared, dx, _), d_stacked = lax.scan(step, start, (indices, stacked, vjps), reverse=True)
-        return d_shared, d_stacked, None, dx
+        return d_shared, d_stacked, None, dx, None
 
     scan.defvjp(forward, backward)
-    return scan(shared, stacked, constants, x)
+    return scan(shared, stacked, constants, x, carried)
 
 
-def _remat(body: Body, remat: Remat) -> Body:
+def _handing_on(body: Body, kernels: Implementation) -> Callable[..., Any]:
+    """The body, with the shared weights and the cache among its results, as its kernels have handed them on.
+
+    These go to the next depth. Through them the gradient of later depths reaches an operation of this one, which can
+    add its own to that in place.
+    """
+
+    def one_depth(shared: PyTree, own: PyTree, constants: PyTree, x: jax.Array, cache: PyTree, *others: Any) -> Any:
+        books = Kernels(kernels)
+        x, row, carried, aux = body(books, shared, own, constants, x, cache, *others)
+        latest = books.handed_on.latest
+        return (x, latest(row), latest((shared, cache))), (carried, lax.stop_gradient(aux))
+
+    return one_depth
+
+
+def _remat(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """The body with its residuals chosen; inside a scan there is nothing that CSE could undo."""
     if remat == "none":
         return body
@@ -112,7 +130,9 @@ def _remat(body: Body, remat: Remat) -> Body:
 
 # Positions of `shared`, `own`, `constants` and `cache` among the arguments of the differentiated body. `jax.vjp` keeps
 # the arguments that it needs as residuals apart from the others (`args_res`): what all depths have in common is taken
-# out before the scan would stack a copy for each depth, and put back in the backward pass.
+# out before the scan would stack a copy for each depth, and put back in the backward pass. JAX documents that one may:
+# https://docs.jax.dev/en/latest/301/vjp-objects.html. Releases after 0.10 can leave them out by themselves
+# (`saveable_args` of `jax.vjp`).
 _COMMON = (0, 1, 2, 4)
 
 

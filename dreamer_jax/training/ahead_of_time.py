@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from dreamer_jax import sharding
 from dreamer_jax.accounting.hardware import GIB, hardware
 from dreamer_jax.config import Config, ConfigError
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.data.loader import Batch
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.training.collectives import Collective, collectives
 from dreamer_jax.training.step import abstract_state, make_train_step
 
@@ -88,11 +89,11 @@ def compile_step(config: Config, topology: str) -> CompiledStep:
     )
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """Shapes and places of a batch."""
     place, shape = sharding.batch_sharding(mesh), (config.train.batch, config.data.context)
-    kinds = {"tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "response_mask": jnp.bool_}
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()}
+    kinds = Batch(tokens=jnp.int32, positions=jnp.int32, segment_ids=jnp.int32, response_mask=jnp.bool_)
+    return jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=place), kinds)
 
 
 def topology_devices(topology: str) -> list[Any]:
@@ -116,10 +117,10 @@ def topology_devices(topology: str) -> list[Any]:
             )
             return list(described.devices)
     except Exception as error:  # the compilers' libraries raise many kinds
-        mend = f"pip install 'dreamer-jax[{device.platform}]'"
+        fix = f"pip install 'dreamer-jax[{device.platform}]'"
         raise ConfigError(
             f"no compiler for topology '{topology}' ({_first_lines(error)}); a shape such as v5e:4x4 or h200:8, and "
-            f"{mend}, are needed"
+            f"{fix}, are needed"
         ) from error
     raise ConfigError(f"topology '{topology}': give a TPU slice such as v5e:16x16 or v5p:4x4x4, or h100:8, h200:8")
 

@@ -36,8 +36,20 @@ class Loaded(NamedTuple):
 
     config: Config
     model: Dreamer
-    tokenizer_path: Path
+    tokenizer_path: Path | None
+    """None in a folder that was written from arrays alone."""
     step: int
+
+    @property
+    def known_tokenizer(self) -> Path:
+        """The tokenizer's file.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.tokenizer_path is None:
+            raise CheckpointError(f"the run '{self.config.name}' has no tokenizer: put one into its folder tokenizer/")
+        return self.tokenizer_path
 
 
 class Checkpoints:
@@ -149,12 +161,13 @@ def _joined(like: TrainState, leaves: Leaves) -> TrainState:
     return jax.tree.unflatten(structure, [leaves[name] for name in _leaves(like)])
 
 
-def write_run_files(run_dir: Path, config: Config, tokenizer_path: Path) -> None:
+def write_run_files(run_dir: Path, config: Config, tokenizer_path: Path | None) -> None:
     """Put the config and the tokenizer into the run folder, so that it needs nothing else."""
     (run_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
-    target = run_dir / "tokenizer" / tokenizer_path.name
-    if tokenizer_path.resolve() != target.resolve():
-        shutil.copyfile(tokenizer_path, target)
+    if tokenizer_path is not None:
+        target = run_dir / "tokenizer" / tokenizer_path.name
+        if tokenizer_path.resolve() != target.resolve():
+            shutil.copyfile(tokenizer_path, target)
     draft = run_dir / "config.json.tmp"
     draft.write_text(to_json(config))
     draft.replace(run_dir / "config.json")
@@ -196,7 +209,7 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"'{directory}' is not a run folder: it has no config.json (train writes runs/<name>)")
     tokenizers = sorted((directory / "tokenizer").glob("*"))
-    if len(tokenizers) != 1:
+    if len(tokenizers) > 1:
         raise CheckpointError(f"'{directory}/tokenizer' must hold one file, it holds {len(tokenizers)}")
     with Checkpoints(directory) as checkpoints:
         step = checkpoints.latest if step is None else step
@@ -207,7 +220,7 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
             )
         config = checkpoints.config(step)
         model = _restored_model(checkpoints, config, step)
-    return Loaded(config, model, tokenizers[0], step)
+    return Loaded(config, model, tokenizers[0] if tokenizers else None, step)
 
 
 def _restored_model(checkpoints: Checkpoints, config: Config, step: int) -> Dreamer:
@@ -220,8 +233,10 @@ def _restored_model(checkpoints: Checkpoints, config: Config, step: int) -> Drea
     return nnx.merge(graph, restored["params"], restored["biases"])
 
 
-def save_model(run_dir: Path, config: Config, model: Dreamer, tokenizer_path: Path) -> None:
+def save_model(run_dir: Path, config: Config, model: Dreamer, tokenizer_path: Path | None) -> None:
     """Write a run folder at step 0 from a model: training, generation and conversion start from it.
+
+    Without a tokenizer, training puts the one of its data there.
 
     Raises:
         CheckpointError: the folder has checkpoints already.

@@ -15,9 +15,11 @@ from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.hardware import peak_flops
 from dreamer_jax.config import Config, ConfigError
 from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
-from dreamer_jax.data.loader import batches
+from dreamer_jax.data.loader import Batch, batches
 from dreamer_jax.distributed import DistributedError, Group
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.model.dreamer import RouterFigures
+from dreamer_jax.model.parameters import RouterBias
 from dreamer_jax.training import metrics
 from dreamer_jax.training.checkpoint import (
     CheckpointError,
@@ -119,9 +121,10 @@ def _resumed(
     if step is None:
         return state, 0
     changed = changed_keys(checkpoints.config(step), config)
-    if any(key.startswith("model.") for key in changed):
+    other_model = [key for key in changed if key.startswith("model.")]
+    if other_model:
         raise ConfigError(
-            f"{config.run_dir} holds checkpoints of another model (differs in {', '.join(changed)}); "
+            f"{config.run_dir} holds checkpoints of another model (differs in {', '.join(other_model)}); "
             f"give the run another --name, or delete the folder"
         )
     if group.index:
@@ -222,14 +225,14 @@ class _Run:
             self.sinks.write(step, metrics.validation_record(total / count))
         return total / count
 
-    def batches(self, split: Any, start: int) -> Iterator[dict[str, jax.Array]]:
+    def batches(self, split: Any, start: int) -> Iterator[Batch]:
         """Batches on the devices."""
         if split == "train" and start >= self.config.train.steps:
             return
         for batch in batches(self.prepared, self.config, split=split, start_step=start, held=self.held):
             yield place_rows(self.place, self.config.train.batch, self.held, batch)
 
-    def timed(self, batches: Iterator[dict[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that it takes to get them counted."""
         while True:
             started = time.monotonic()
@@ -296,8 +299,12 @@ class _Reporter:
             tokens=int(figures.tokens),
             skipped=int(result.skipped),
             square=np.asarray(figures.square),
-            routers={kind: (np.asarray(r.counts), np.asarray(r.entropy)) for kind, r in figures.routers.items()},
-            biases={str(path[1]): np.asarray(bias[...]) for path, bias in nnx.to_flat_state(biases)},
+            routers={name: self._own_depths(name, router) for name, router in figures.routers.items()},
+            biases={
+                str(path[1]): np.asarray(bias[...])
+                for path, bias in nnx.to_flat_state(biases)
+                if isinstance(bias, RouterBias)
+            },
             shared=self.config.model.depth_recurrent,
         )
         seconds = max(time.monotonic() - self.started, 1e-9)
@@ -306,3 +313,8 @@ class _Reporter:
         )
         self.tokens, self.input_seconds, self.started = 0, 0.0, time.monotonic()
         return record
+
+    def _own_depths(self, name: str, router: RouterFigures) -> tuple[np.ndarray, np.ndarray]:
+        """Counts and entropies at the depths at which the dimension runs."""
+        depths = np.array(self.config.model.depths_of(name))
+        return np.asarray(router.counts)[depths], np.asarray(router.entropy)[depths]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import ModelConfig, OptimizerConfig
 from dreamer_jax.model.dreamer import RouterFigures
-from dreamer_jax.model.parameters import Norm
+from dreamer_jax.model.parameters import Norm, RouterBias
 from dreamer_jax.model.router import balanced_bias
 
 
@@ -47,13 +47,18 @@ def rebalanced(
 ) -> nnx.State:
     """Router biases after one update by the step's counts (Eq. 3).
 
-    `routers[kind].counts` [L, E] are summed over microbatches and devices; in DR, where one bias serves all depths,
+    `routers[name].counts` [L, E] are summed over microbatches and devices; in DR, where one bias serves all depths,
     they are summed over depths here, before the sign.
     """
+    rates = {"expert": config.expert_bias_rate, "attention": config.attention_bias_rate, "none": 0.0}
     updated = {}
     for path, bias in nnx.to_flat_state(biases):
-        kind = str(path[1])  # layer.<kind>. ... .router.bias
-        counts = routers[kind].counts.sum(axis=0) if model.depth_recurrent else routers[kind].counts
-        rate = config.expert_bias_rate if kind == "ea" else config.attention_bias_rate
+        if not isinstance(bias, RouterBias):
+            updated[path] = bias
+            continue
+        name = str(path[1])  # layer.<dimension>. ... .router.bias
+        counts, own = routers[name].counts, jnp.asarray(model.depths_of(name))  # LA has biases for its own depths only
+        counts = counts.sum(axis=0) if model.depth_recurrent else counts[own]
+        rate = rates[model.dimensions[name].balancing]
         updated[path] = bias.replace(balanced_bias(bias[...], counts, rate))
     return nnx.from_flat_state(updated)

@@ -1,10 +1,11 @@
 """Rows of a global batch: which of them this process's devices hold, and how they get there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 
 
 def held_rows(place: NamedSharding, batch: int) -> tuple[int, ...]:
@@ -17,9 +18,7 @@ def held_rows(place: NamedSharding, batch: int) -> tuple[int, ...]:
     return tuple(sorted({row for index in indices if index for row in range(*index[0].indices(batch))}))
 
 
-def place_rows(
-    place: NamedSharding, batch: int, held: Sequence[int], rows: Mapping[str, np.ndarray]
-) -> dict[str, jax.Array]:
+def place_rows(place: NamedSharding, batch: int, held: Sequence[int], rows: PyTree[np.ndarray]) -> PyTree[jax.Array]:
     """The global batch of which this process gives the rows `held`; arrays are [len(held), ...]."""
     position = {row: i for i, row in enumerate(held)}
 
@@ -30,4 +29,4 @@ def place_rows(
 
         return jax.make_array_from_callback((batch, *array.shape[1:]), place, part)
 
-    return {name: put(array) for name, array in rows.items()}
+    return jax.tree.map(put, rows)

@@ -9,10 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dreamer_jax.distributed import Group
-
-VISIBLE_SECONDS = 60.0
-"""How long a network file system may take to show one machine what another has written."""
+from dreamer_jax.distributed import Group, becomes_visible
 
 
 class RunFolderError(RuntimeError):
@@ -55,11 +52,8 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _check_shared(path: Path, owner: str) -> None:
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not path.is_file() or path.read_text() != owner:
-        if time.monotonic() > deadline:
-            raise RunFolderError(
-                f"'{path.parent}' is not the folder that process 0 ({owner}) writes to; set out to a folder on a file "
-                f"system that all processes share"
-            )
-        time.sleep(0.2)
+    if not becomes_visible(lambda: path.is_file() and path.read_text() == owner):
+        raise RunFolderError(
+            f"'{path.parent}' is not the folder that process 0 ({owner}) writes to; set out to a folder on a file "
+            f"system that all processes share"
+        )

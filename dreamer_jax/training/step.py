@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +15,21 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import Config
-from dreamer_jax.model.dreamer import Compute, Dreamer, Figures, prepared
+from dreamer_jax.data.loader import Batch
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.model.dreamer import Dreamer, Figures, prepared
 from dreamer_jax.model.parameters import Matrix, taken_apart
 from dreamer_jax.sharding import AXES, at_work, moves, spec_of, tree_shardings, tree_specs, varying
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import adamw, learning_rate, rebalanced
 
-Batch = Mapping[str, Array]
-"""tokens, positions, segment_ids [B, T] int32 and response_mask [B, T] bool."""
+
+class Rows(NamedTuple):
+    """A batch with what the loss wants of it."""
+
+    batch: Batch
+    targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
 
 
 class TrainState(NamedTuple):
@@ -103,7 +110,7 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
-        grads, loss, loss_tokens, figures = gradients(state.params, state.biases, dict(batch))
+        grads, loss, loss_tokens, figures = gradients(state.params, state.biases, batch)
         norm = optax.tree.norm(grads)
         updated = _updated(config, state, grads, figures)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -137,18 +144,16 @@ def _gradients(
     Weights are gathered once. Microbatches are then accumulated, in float32, without communication other than that of
     tokens with their experts; the one sum over devices comes at the end.
     """
-    mask = batch["response_mask"] if config.data.response_only else None
-    targets, loss_weights = next_token_targets(batch["tokens"], batch["segment_ids"], mask)
-    loss_tokens = lax.psum(jnp.sum(loss_weights), AXES)
-    inputs = {**batch, "targets": targets, "weights": loss_weights}
+    rows = _with_targets(config, batch)
+    loss_tokens = lax.psum(jnp.sum(rows.weights), AXES)
     biases = jax.tree.map(varying, biases)
     weights = working_weights(graph, compute, biases, params)
 
-    def objective(weights: nnx.State, part: Batch) -> tuple[Array, Figures]:
+    def objective(weights: nnx.State, part: Rows) -> tuple[Array, Figures]:
         total, figures = loss_sum(graph, weights, biases, part, compute)
         return total / jnp.maximum(loss_tokens, 1.0), figures
 
-    def accumulate(sums: nnx.State, part: Batch) -> tuple[nnx.State, tuple[Array, Figures]]:
+    def accumulate(sums: nnx.State, part: Rows) -> tuple[nnx.State, tuple[Array, Figures]]:
         (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(weights, part)
         return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads), (loss, figures)
 
@@ -156,7 +161,7 @@ def _gradients(
     exact = dataclasses.replace(compute, dtype=jnp.float32)
     unused, pullback = jax.vjp(functools.partial(working_weights, graph, exact, biases), params)
     nothing = jax.tree.map(jnp.zeros_like, unused)
-    sums, (losses, figures) = lax.scan(accumulate, nothing, _microbatches(inputs, config))
+    sums, (losses, figures) = lax.scan(accumulate, nothing, _microbatches(rows, config))
     losses, figures = jax.tree.map(lambda a: jnp.sum(a, axis=0), (losses, figures))
     (grads,) = pullback(sums)
     return grads, lax.psum(losses, AXES), loss_tokens, lax.psum(figures, AXES)
@@ -185,17 +190,23 @@ def _parameter_specs(config: Config) -> nnx.State:
     return tree_specs(params)
 
 
-def _microbatches(batch: Batch, config: Config) -> Batch:
-    return jax.tree.map(lambda a: a.reshape(config.train.microbatches, -1, *a.shape[1:]), batch)
+def _with_targets(config: Config, batch: Batch) -> Rows:
+    mask = batch.response_mask if config.data.response_only else None
+    return Rows(batch, *next_token_targets(batch.tokens, batch.segment_ids, mask))
+
+
+def _microbatches(rows: Rows, config: Config) -> Rows:
+    return jax.tree.map(lambda a: a.reshape(config.train.microbatches, -1, *a.shape[1:]), rows)
 
 
 def loss_sum(
-    graph: Any, weights: nnx.State, biases: nnx.State, part: Batch, compute: Compute
+    graph: Any, weights: nnx.State, biases: nnx.State, part: Rows, compute: Compute
 ) -> tuple[Float[Array, ""], Figures]:
     """Cross-entropy summed over the weighted positions of some rows, and the figures of their forward pass."""
     model = nnx.merge(graph, weights, biases)
-    hidden, figures, _ = model.forward(part["tokens"], part["positions"], part["segment_ids"], compute)
-    return cross_entropy_sum(hidden, model.lm_head[...], part["targets"], part["weights"]), figures
+    batch = part.batch
+    passed = model.forward(batch.tokens, batch.positions, batch.segment_ids, compute)
+    return cross_entropy_sum(passed.hidden, model.lm_head[...], part.targets, part.weights), passed.figures
 
 
 def make_evaluation(
@@ -204,13 +215,12 @@ def make_evaluation(
     """The compiled (summed loss, number of loss positions) of a batch of held-out rows."""
 
     def local(params: nnx.State, biases: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        mask = batch["response_mask"] if config.data.response_only else None
-        targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"], mask)
+        rows = _with_targets(config, batch)
         biases = jax.tree.map(varying, biases)
         working = working_weights(graph, compute, biases, params)
-        parts = _microbatches({**batch, "targets": targets, "weights": weights}, config)
+        parts = _microbatches(rows, config)
         totals = lax.map(lambda part: loss_sum(graph, working, biases, part, compute)[0], parts)
-        return lax.psum((jnp.sum(totals), jnp.sum(weights)), AXES)
+        return lax.psum((jnp.sum(totals), jnp.sum(rows.weights)), AXES)
 
     specs = (_parameter_specs(config), P(), spec_of(("batch",)))
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))

@@ -19,15 +19,15 @@ def sized(*overrides: str) -> Config:
 
 
 def test_the_file_gives_the_config_that_was_sized(tmp_path: Path) -> None:
-    config = sized("--model.da-heads", "4", "--model.da-kv-heads", "2")
+    config = sized("--model.da.query-heads", "4", "--model.da.kv-heads", "2")
     file = tmp_path / "new" / "folder" / "four_heads.py"
     written = write_config(config, BASELINE, SOURCE, file)
     assert load(file) == written == replace(config, name="four_heads")
-    assert (config.model.expert_width, config.model.experts) != (480, 537)
+    assert (config.model.ea.expert_width, config.model.ea.experts) != (480, 537)
 
 
 def test_overrides_of_any_section_are_in_the_file(tmp_path: Path) -> None:
-    overrides = ["--name", "mine", "--out", 'a "b"\\c', "--model.depth", "12", "--model.mixture", "parallel"]
+    overrides = ["--name", "mine", "--out", 'a "b"\\c', "--model.depth", "12", "--model.mixture", "da[::2]+sa+ea"]
     overrides += ["--optimizer.learning-rate", "3e-05", "--log.no-tensorboard", "--train.steps", "7"]
     config = sized(*overrides)
     sources = (Source("sums", tasks=("chain_sum",), documents_per_task=9), *config.data.sources)
@@ -41,7 +41,7 @@ def test_only_what_differs_is_written(tmp_path: Path) -> None:
     text = (tmp_path / "x.py").read_text()
     body = text[text.index("    return replace(") :]
     keys = [line.split("=")[0].strip() for line in body.splitlines() if "=" in line]
-    assert keys == ["name", "model", "depth", "experts", "expert_width"]
+    assert keys == ["name", "model", "depth", "ea", "experts", "expert_width"]
 
 
 def test_the_docstring_has_the_command_and_the_figures(tmp_path: Path) -> None:

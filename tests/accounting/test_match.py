@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dreamer_jax.accounting.flops import generated_flops
 from dreamer_jax.accounting.match import MatchError, descend, match, nearest
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import ConfigError, ModelConfig, load
+from tests.models import changed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Config, baseline, and the F and E of Table 3.
@@ -22,6 +24,7 @@ TABLE_3 = [
     ("dr_da_2b", "la_2b", 472, 1097),
 ]
 TINY = load(CONFIGS / "tiny.py").model
+MIXTURES = ("sa", "ea"), ("da+sa", "ea")
 
 
 def paper_model(name: str) -> ModelConfig:
@@ -29,7 +32,7 @@ def paper_model(name: str) -> ModelConfig:
 
 
 def sizes(config: ModelConfig) -> tuple[int, int]:
-    return config.expert_width, config.experts
+    return config.ea.expert_width, config.ea.experts
 
 
 def starts() -> list[tuple[int, int]]:
@@ -44,16 +47,16 @@ def starts() -> list[tuple[int, int]]:
 def test_the_papers_sizes_come_from_any_start(name: str, baseline: str, width: int, experts: int) -> None:
     model, target = paper_model(name), paper_model(baseline)
     for start_width, start_experts in starts():
-        start = replace(model, expert_width=start_width, experts=start_experts)
+        start = changed(model, ea={"expert_width": start_width, "experts": start_experts})
         assert sizes(descend(start, target)[-1].config) == (width, experts), (start_width, start_experts)
-    assert match(replace(model, expert_width=7, experts=99), target)[-1].config == model
+    assert match(changed(model, ea={"expert_width": 7, "experts": 99}), target)[-1].config == model
 
 
 @pytest.mark.parametrize(("name", "baseline", "width", "experts"), TABLE_3)
 def test_classic_models_are_sized_after_recurrent_ones_too(name: str, baseline: str, width: int, experts: int) -> None:
     classic, recurrent = paper_model(baseline), paper_model(name)
     assert sizes(recurrent) == (width, experts)
-    assert match(replace(classic, expert_width=8, experts=8), recurrent)[-1].config == classic
+    assert match(changed(classic, ea={"expert_width": 8, "experts": 8}), recurrent)[-1].config == classic
 
 
 def test_every_turn_is_recorded() -> None:
@@ -75,19 +78,21 @@ def test_every_turn_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("da", [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
-@pytest.mark.parametrize("changes", [{}, {"depth": 12}, {"depth": 18}, {"width": 768}, {"attention_experts": 4}])
-def test_other_models_are_matched_to_half_a_step(da: tuple[int, int], changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"depth": 12}, {"depth": 18}, {"width": 768}, {"router": {"attention_experts": 4}}]
+)
+def test_other_models_are_matched_to_half_a_step(da: tuple[int, int], changes: dict[str, Any]) -> None:
     target = paper_model("la_1b")
-    model = replace(paper_model("dr_da_1b"), da_heads=da[0], da_kv_heads=da[1], **changes)
+    model = changed(paper_model("dr_da_1b"), da={"query_heads": da[0], "kv_heads": da[1]}, **changes)
     end = match(model, target)[-1]
-    wider = replace(end.config, expert_width=end.config.expert_width + 8)
-    more = replace(end.config, experts=end.config.experts + 1)
+    wider = changed(end.config, ea={"expert_width": end.config.ea.expert_width + 8})
+    more = changed(end.config, ea={"experts": end.config.ea.experts + 1})
     assert abs(end.flops) <= (generated_flops(wider).total - generated_flops(end.config).total) / 2
     assert abs(end.parameters) <= (parameters(more).total - parameters(end.config).total) / 2
 
 
-@pytest.mark.parametrize("mixture", ["sequential", "parallel"])
-def test_the_mixtures_cost_the_same(mixture: str) -> None:
+@pytest.mark.parametrize("mixture", [("da", "sa", "ea"), ("da+sa+ea",), ("ea", "sa+da")])
+def test_the_mixtures_cost_the_same(mixture: tuple[str, ...]) -> None:
     model = replace(paper_model("dr_da_1b"), mixture=mixture)
     assert match(model, paper_model("la_1b"))[-1].config == model
 
@@ -96,37 +101,36 @@ def random_pair(seed: int) -> tuple[ModelConfig, ModelConfig]:
     """A small model to size, and a baseline that differs in variant, depth and experts."""
     draw = random.Random(seed)
     da_kv_heads, active = draw.choice([1, 2]), draw.choice([2, 3, 4])
-    model = replace(
+    model = changed(
         TINY,
         depth_recurrent=bool(seed & 1),
-        depth_attention=bool(seed & 2),
+        mixture=MIXTURES[bool(seed & 2)],
         depth=draw.randint(3, 9),
         width=8 * draw.randint(4, 20),
-        da_heads=da_kv_heads * draw.choice([1, 2]),
-        da_kv_heads=da_kv_heads,
-        router_size=4 * draw.randint(2, 10),
-        experts=active,
-        active_experts=active,
+        da={"query_heads": da_kv_heads * draw.choice([1, 2]), "kv_heads": da_kv_heads},
+        router={"size": 4 * draw.randint(2, 10)},
+        ea={"experts": active, "active_experts": active},
     )
-    baseline = replace(
+    baseline = changed(
         model,
         depth_recurrent=bool(draw.randint(0, 1)),
-        depth_attention=bool(draw.randint(0, 1)),
+        mixture=MIXTURES[draw.randint(0, 1)],
         depth=model.depth + draw.randint(-2, 1),
-        expert_width=draw.randint(80, 160),
-        experts=active * draw.randint(2, 10),
+        ea={"expert_width": draw.randint(80, 160), "experts": active * draw.randint(2, 10)},
     )
     return model, baseline
 
 
 def fixed_points(model: ModelConfig, baseline: ModelConfig) -> list[tuple[int, int]]:
     """All F and E that are each nearest given the other, by trying every size; ties to the smaller."""
-    widths, counts = range(8, 801, 8), range(model.active_experts, 3000)
+    widths, counts = range(8, 801, 8), range(model.ea.active_experts, 3000)
 
     def distances(cost: Callable[[ModelConfig], float]) -> np.ndarray:
         """From the baseline, [widths, counts]; given the width, a cost grows evenly with the experts."""
-        start = [cost(replace(model, expert_width=width, experts=counts[0])) for width in widths]
-        after = [cost(replace(model, expert_width=width, experts=counts[1])) for width in widths]
+        start, after = (
+            [cost(changed(model, ea={"expert_width": width, "experts": count})) for width in widths]
+            for count in counts[:2]
+        )
         step = np.subtract(after, start)
         return abs(np.array(start)[:, None] + step[:, None] * np.arange(len(counts)) - cost(baseline))
 
@@ -144,17 +148,17 @@ def test_the_answer_is_that_of_trying_every_size(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_descent_never_turns_back(seed: int) -> None:
     model, baseline = random_pair(seed)
-    for start in (model.active_experts, 30, 1000, 100_000):
-        moves = descend(replace(model, experts=start), baseline)
-        counts = [start, *(move.config.experts for move in moves)]
+    for start in (model.ea.active_experts, 30, 1000, 100_000):
+        moves = descend(changed(model, ea={"experts": start}), baseline)
+        counts = [start, *(move.config.ea.experts for move in moves)]
         assert counts in (sorted(counts), sorted(counts, reverse=True))
         assert moves[-1].config == moves[-2].config
 
 
 def test_the_match_does_not_depend_on_the_sizes_it_starts_from() -> None:
     """With a large router there are two fixed points: the descent from many experts ends at the other one."""
-    model = replace(TINY, router_size=128, active_experts=2)
-    few, many = (replace(model, experts=experts) for experts in (2, 2000))
+    model = changed(TINY, router={"size": 128}, ea={"active_experts": 2})
+    few, many = (changed(model, ea={"experts": experts}) for experts in (2, 2000))
     ends = [sizes(descend(start, TINY)[-1].config) for start in (few, many)]
     assert ends[0] != ends[1]
     assert sizes(match(few, TINY)[-1].config) == sizes(match(many, TINY)[-1].config) == max(ends)
@@ -170,39 +174,54 @@ def test_the_nearest_is_found_and_ties_go_to_the_smaller(target: int, low: int, 
 
 UNMATCHED = {
     "heads of DA": (
-        {"da_heads": 64, "da_kv_heads": 32},
-        r"even with model\.expert_width = 8.*\d% more FLOPs.*da_projections, by .* lower model\.da_heads.*depth",
+        {"da": {"query_heads": 64, "kv_heads": 32}},
+        r"even with model\.ea\.expert_width = 8.*\d% more FLOPs.*da_projections, by .* model\.da\.query_heads.*depth",
     ),
-    "too deep": ({"depth": 12}, r"even with model\.expert_width = 8.*sa_attention.*lower model\.depth"),
-    "router": ({"router_size": 512}, r"even with model\.expert_width = 8.*ea_router.*lower model\.router_size"),
+    "too deep": ({"depth": 12}, r"even with model\.ea\.expert_width = 8.*sa_attention.*lower model\.depth"),
+    "router": (
+        {"router": {"size": 512}},
+        r"even with model\.ea\.expert_width = 8.*ea_router.*lower model\.router\.size",
+    ),
     "attention experts": (
-        {"attention_experts": 64},
-        r"even with model\.experts = model\.active_experts = 4.*233\.5% more parameters.*sa_projections.*"
-        r"lower model\.attention_experts",
+        {"router": {"attention_experts": 64}},
+        r"even with model\.ea\.experts = model\.ea\.active_experts = 4.*233\.5% more parameters.*sa_projections.*"
+        r"lower model\.router\.attention_experts",
     ),
     "coarse F": (
-        {"active_experts": 32, "router_size": 4},
-        r"model\.expert_width = 8 is nearest.*a step of 8 moves them by .*Lower model\.active_experts",
+        {"ea": {"active_experts": 32}, "router": {"size": 4}},
+        r"model\.ea\.expert_width = 8 is nearest.*a step of 8 moves them by .*Lower model\.ea\.active_experts",
     ),
     "coarse E": (
         {"depth_recurrent": False},
-        r"model\.experts = 8 is nearest.*\+2\.7%.*one expert is 8\.0% of them.*Raise model\.active_experts",
+        r"model\.ea\.experts = 8 is nearest.*\+2\.7%.*one expert is 8\.0% of them.*Raise model\.ea\.active_experts",
     ),
 }
 
 
 @pytest.mark.parametrize("why", UNMATCHED)
-def test_a_missing_match_names_its_cause_and_mend(why: str) -> None:
+def test_a_missing_match_names_its_cause_and_fix(why: str) -> None:
     changes, message = UNMATCHED[why]
     with pytest.raises(MatchError, match=message):
-        match(replace(TINY, **changes), TINY)
+        match(changed(TINY, **changes), TINY)
     assert issubclass(MatchError, ConfigError)
 
 
 def test_active_experts_of_unshared_layers_can_exceed_the_parameters() -> None:
-    with pytest.raises(MatchError, match=r"ea_experts.*share them over more depths.*raise the baseline's model\.exp"):
-        match(replace(TINY, depth_recurrent=False), replace(TINY, experts=4))
+    with pytest.raises(MatchError, match=r"ea_experts.*share them over more depths.*raise the baseline's model\.ea"):
+        match(replace(TINY, depth_recurrent=False), changed(TINY, ea={"experts": 4}))
 
 
 def test_a_wider_tolerance_admits_coarse_steps() -> None:
     assert sizes(match(replace(TINY, depth_recurrent=False), TINY, tolerance=0.03)[-1].config)[1] == 8
+
+
+def test_a_model_without_experts_has_nothing_to_match_with() -> None:
+    with pytest.raises(MatchError, match=r"experts of ea, which model\.mixture does not have\. Add it"):
+        match(replace(TINY, mixture=("da+sa",)), TINY)
+
+
+def test_depths_that_experts_skip_are_made_up_for_by_wider_experts() -> None:
+    model = replace(TINY, mixture=("da+sa", "ea[::2]"))
+    end = match(model, TINY)[-1]
+    assert end.config.ea.expert_width > 1.5 * TINY.ea.expert_width
+    assert abs(end.flops_share) < 0.01 > abs(end.parameters_share)

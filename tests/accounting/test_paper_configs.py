@@ -10,15 +10,15 @@ from dreamer_jax.config import Config, from_json, load, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARCHITECTURE = {
-    # depth_recurrent, depth_attention, depth, F, E
-    "la_1b": (False, False, 16, 512, 32),
-    "dr_1b": (True, False, 16, 504, 517),
-    "dr_da_1b": (True, True, 16, 480, 537),
-    "la_2b": (False, False, 32, 512, 32),
-    "dr_2b": (True, False, 32, 504, 1039),
-    "dr_da_2b": (True, True, 32, 472, 1097),
+    # depth_recurrent, mixture, depth, F, E
+    "la_1b": (False, ("sa", "ea"), 16, 512, 32),
+    "dr_1b": (True, ("sa", "ea"), 16, 504, 517),
+    "dr_da_1b": (True, ("da+sa", "ea"), 16, 480, 537),
+    "la_2b": (False, ("sa", "ea"), 32, 512, 32),
+    "dr_2b": (True, ("sa", "ea"), 32, 504, 1039),
+    "dr_da_2b": (True, ("da+sa", "ea"), 32, 472, 1097),
 }
-KEYS = ("depth_recurrent", "depth_attention", "depth", "expert_width", "experts")
+KEYS = ("depth_recurrent", "mixture", "depth", "ea.expert_width", "ea.experts")
 
 
 def paper_config(name: str) -> Config:
@@ -36,7 +36,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_architectures_are_those_of_table_3(name: str) -> None:
     config = paper_config(name)
     assert config.name == name
-    assert tuple(getattr(config.model, key) for key in KEYS) == ARCHITECTURE[name]
+    found = flat(dataclasses.asdict(config.model))
+    assert tuple(found[key] for key in KEYS) == ARCHITECTURE[name]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
@@ -51,18 +52,17 @@ def test_the_recipe_is_that_of_table_3() -> None:
     expected = {
         "model.width": 1024,
         "model.vocab": 128_256,
-        "model.query_heads": 16,
-        "model.kv_heads": 8,
-        "model.head_size": 128,
-        "model.rope_base": 10_000,
-        "model.da_heads": 1,
-        "model.da_kv_heads": 1,
-        "model.da_head_size": 128,
+        "model.sa.query_heads": 16,
+        "model.sa.kv_heads": 8,
+        "model.sa.head_size": 128,
+        "model.sa.rope_base": 10_000,
+        "model.da.query_heads": 1,
+        "model.da.kv_heads": 1,
+        "model.da.head_size": 128,
         "model.depth_rope_base": 500,
-        "model.router_size": 128,
-        "model.active_experts": 8,
-        "model.attention_experts": 0,
-        "model.mixture": "attention_parallel",
+        "model.router.size": 128,
+        "model.ea.active_experts": 8,
+        "model.router.attention_experts": 0,
         "data.context": 4096,
         "optimizer.learning_rate": 4e-4,
         "optimizer.warmup_steps": 500,

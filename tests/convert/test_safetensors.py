@@ -8,12 +8,12 @@ from safetensors.numpy import load_file, save_file
 
 from dreamer_jax import convert
 from tests import oracle
-from tests.model.test_dreamer import VARIANTS, config_of, sizes_of
+from tests.models import VARIANTS, sizes_of, small
 
 
 def example(variant="DR+DA", merged=False):
     """(config, arrays by name) of a small model."""
-    config = config_of(variant, "attention_parallel")
+    config = small(variant)
     weights = oracle.random_weights(sizes_of(config), seed=2, scale=0.3)
     weights = oracle.merge(weights, sizes_of(config)) if merged else weights
     return config, {name: array.astype(np.float32) for name, array in weights.items()}
@@ -55,7 +55,7 @@ def test_arrays_that_are_no_rows_in_memory_are_saved_by_value(tmp_path):
 
 def test_merging_equals_the_oracles():
     config, arrays = example()
-    merged = convert.named_arrays(convert.merged_model(convert.build(config, arrays)))
+    merged = convert.named_arrays(convert.build(config, arrays).merged())
     expected = oracle.merge(arrays, sizes_of(config))
     assert merged.keys() == expected.keys()
     for name, array in expected.items():
@@ -66,7 +66,7 @@ def test_merged_weights_in_original_form_merge_to_what_they_were():
     config, arrays = example(merged=True)
     original = convert.build(config, convert.unmerged(config, arrays))
     assert convert.named_arrays(original).keys() == oracle.names_and_shapes(sizes_of(config)).keys()
-    merged = convert.named_arrays(convert.merged_model(original))
+    merged = convert.named_arrays(original.merged())
     for name, array in arrays.items():
         np.testing.assert_array_equal(merged[name], array, err_msg=name)
 

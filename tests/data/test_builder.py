@@ -168,7 +168,7 @@ def test_an_error_leaves_no_folder_behind(one_source: Callable[..., Config]):
 def test_other_processes_must_see_what_the_first_prepared(
     one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(builder, "VISIBLE_SECONDS", 0.1)
+    monkeypatch.setattr("dreamer_jax.distributed.VISIBLE_SECONDS", 0.1)
     with pytest.raises(DataError, match=r"process 0 has prepared .* data\.cache must be on a file system that all"):
         prepare(one_source(sums(5, seed=1)), process_index=1)
 

@@ -6,17 +6,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from dreamer_jax.config import Config
 from dreamer_jax.data.builder import Prepared, prepare
-from dreamer_jax.data.loader import batches, rows
+from dreamer_jax.data.loader import Batch, batches, rows
 from dreamer_jax.data.sources import DataError, render_prompt
 from dreamer_jax.data.tokenizer import load_tokenizer
 from tests.data.conftest import sums
-
-Batch = dict[str, np.ndarray]
 
 
 def take(count: int, prepared: Prepared, config: Config, **kwargs: object) -> list[Batch]:
@@ -27,13 +26,15 @@ def take(count: int, prepared: Prepared, config: Config, **kwargs: object) -> li
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+    return len(a) == len(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def documents_of(batch: Batch) -> list[tuple[int, ...]]:
     return [
         tuple(tokens[segments == segment].tolist())
-        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True)
         for segment in range(1, segments.max() + 1)
     ]
 
@@ -55,7 +56,7 @@ def test_a_process_reads_the_rows_of_the_global_batch_that_it_holds(
 ):
     whole = take(2, prepared, config, split=split, start_step=start)
     part = take(2, prepared, config, split=split, start_step=start, held=held)
-    assert equal(part, [{k: array[list(held)] for k, array in batch.items()} for batch in whole])
+    assert equal(part, jax.tree.map(lambda array: array[list(held)], whole))
 
 
 @pytest.mark.parametrize("prefetch", [0, 7])
@@ -75,17 +76,15 @@ def test_any_step_is_reached_at_once(prepared: Prepared, config: Config):
 
 def test_shapes_and_types(config: Config, stream: list[Batch]):
     shape = (config.train.batch, config.data.context)
-    kinds = {"tokens": np.int32, "positions": np.int32, "segment_ids": np.int32, "response_mask": np.bool_}
     for batch in stream:
-        assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == {
-            name: (shape, kind) for name, kind in kinds.items()
-        }
+        assert [array.shape for array in batch] == [shape] * 4
+        assert [array.dtype for array in batch] == [np.int32, np.int32, np.int32, np.bool_]
 
 
 def test_positions_restart_and_segments_count_up_in_each_document(prepared: Prepared, stream: list[Batch]):
     tokenizer = load_tokenizer(prepared.tokenizer)
     for batch in stream:
-        for tokens, positions, segments in zip(batch["tokens"], batch["positions"], batch["segment_ids"], strict=True):
+        for tokens, positions, segments in zip(batch.tokens, batch.positions, batch.segment_ids, strict=True):
             used = int((segments > 0).sum())
             assert not np.concatenate([tokens[used:], positions[used:], segments[used:]]).any()
             starts = np.flatnonzero(positions[:used] == 0)
@@ -99,7 +98,7 @@ def test_positions_restart_and_segments_count_up_in_each_document(prepared: Prep
 
 def test_the_mask_covers_the_response_and_its_end(prepared: Prepared, stream: list[Batch]):
     tokenizer = load_tokenizer(prepared.tokenizer)
-    for tokens, segments, mask in zip(*(stream[0][k] for k in ("tokens", "segment_ids", "response_mask")), strict=True):
+    for tokens, segments, mask in zip(stream[0].tokens, stream[0].segment_ids, stream[0].response_mask, strict=True):
         assert not mask[segments == 0].any()
         for segment in range(1, segments.max() + 1):
             inside = segments == segment
@@ -121,7 +120,7 @@ def test_an_epoch_of_batches_holds_every_document_once(one_source: Callable[...,
 
 def test_rows_follow_the_weights(prepared: Prepared, config: Config, stream: list[Batch]):
     tokenizer = load_tokenizer(prepared.tokenizer)
-    beginnings = [tokenizer.decode(row[:12]) for batch in stream for row in batch["tokens"]]
+    beginnings = [tokenizer.decode(row[:12]) for batch in stream for row in batch.tokens]
     of_sums = [text.startswith("Question: What is") for text in beginnings]
     assert sum(of_sums) == pytest.approx(0.75 * len(of_sums), abs=1)
 
@@ -140,7 +139,7 @@ def test_a_small_held_out_set_is_filled_up_with_empty_rows(one_source: Callable[
     many = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=16, validation_batches=50))
     prepared = prepare(many)
     (only,) = take(99, prepared, many, split="validation")
-    assert (only["segment_ids"].max(axis=1) > 0).sum() == prepared.report["sources"]["sums"]["validation"]["rows"] < 16
+    assert (only.segment_ids.max(axis=1) > 0).sum() == prepared.report["sources"]["sums"]["validation"]["rows"] < 16
     assert len(set(documents_of(only))) == len(documents_of(only)) == 20
 
 
@@ -149,7 +148,7 @@ def test_training_and_validation_share_no_prompt(prepared: Prepared, config: Con
         return {
             tuple(row[(segments == s) & ~mask].tolist())
             for batch in take(count, prepared, config, split=split)
-            for row, segments, mask in zip(*(batch[k] for k in ("tokens", "segment_ids", "response_mask")), strict=True)
+            for row, segments, mask in zip(batch.tokens, batch.segment_ids, batch.response_mask, strict=True)
             for s in range(1, segments.max() + 1)
         }
 

@@ -1,22 +1,28 @@
 """Decoding with caches against the full forward pass and the oracle."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamer_jax import convert
-from dreamer_jax.inference import cache as memory
 from dreamer_jax.inference import engine
 from dreamer_jax.inference.sample import GenerationError, Sampling
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.kernels.compute import Compute
 from tests import oracle
-from tests.model.test_dreamer import MIXTURES, SMALL, VARIANTS, config_of, relative_error, sizes_of
+from tests.models import MIXTURES, SMALL, VARIANTS, changed, relative_error, sizes_of, small
 
 # Without DA there is nothing between SA and the residual stream: Eq. 4 and 5 are then the same.
-CASES = [(v, m) for v in VARIANTS for m in MIXTURES if "DA" in v or m != "sequential"]
+MODELS = list(dict.fromkeys(small(variant, mixture) for variant in VARIANTS for mixture in MIXTURES))
+CASES = [
+    *((model, model.depth) for model in MODELS),
+    (small("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")), 3),
+    (small("LA+DA", ("da[1:]", "sa[:2]", "ea[::2]")), 3),
+    (small("DR+DA"), 2),
+    (small("DR+DA", ("da[::2]+sa[1:]", "ea")), 5),
+    (changed(small("DR"), depth_rope_scaling=True), 5),
+]
+"""Model, and the depth that runs."""
 PROMPTS = [[5, 17, 3, 41, 8], [60], [11, 2, 9, 33, 27, 50, 19, 4]]
 LONGER = [[7, 40] * 10, [1]]
 STEPS = 6
@@ -29,7 +35,7 @@ def weights_of(config, seed=1):
 
 @pytest.fixture(scope="module")
 def model():
-    config = config_of("DR+DA", "attention_parallel")
+    config = small("DR+DA")
     return convert.build(config, weights_of(config))
 
 
@@ -42,21 +48,22 @@ def decoder(model):
 def decoded_logits(decoder, texts, lengths):
     """Logits [B, STEPS, V] after the first `lengths` tokens of each text and after each of the next, one at a time."""
     prompt_rows = 8
-    cache = memory.empty_cache(decoder.config, len(texts), 24, jnp.float32)
+    caches = engine.empty_caches(decoder, len(texts), 24)
     # Padding is not zero here, so that it would be noticed.
-    logits, cache = engine.read_prompts(decoder, cache, texts[:, :prompt_rows], lengths)
+    logits, caches = engine.read_prompts(decoder, caches, texts[:, :prompt_rows], lengths)
 
-    def step(cache, positions):
-        logits, cache = engine.read_tokens(decoder, cache, texts[jnp.arange(len(texts)), positions], positions)
-        return cache, logits
+    def step(caches, positions):
+        logits, caches = engine.read_tokens(decoder, caches, texts[jnp.arange(len(texts)), positions], positions)
+        return caches, logits
 
-    _, later = jax.lax.scan(step, cache, lengths[None] + jnp.arange(STEPS - 1)[:, None])
+    _, later = jax.lax.scan(step, caches, lengths[None] + jnp.arange(STEPS - 1)[:, None])
     return jnp.concatenate([logits[:, None], jnp.moveaxis(later, 0, 1)], axis=1)
 
 
-@pytest.mark.parametrize(("variant", "mixture"), CASES)
-def test_decoding_equals_the_full_forward_pass(variant, mixture):
-    config = config_of(variant, mixture)
+@pytest.mark.parametrize(
+    ("config", "depth"), CASES, ids=[f"{c.variant} {' '.join(c.mixture)} {depth}" for c, depth in CASES]
+)
+def test_decoding_equals_the_full_forward_pass(config, depth):
     model = convert.build(config, weights_of(config))
     lengths = jnp.array([5, 1, 8])
     texts = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab, (3, 16)), jnp.int32)
@@ -64,13 +71,13 @@ def test_decoding_equals_the_full_forward_pass(variant, mixture):
 
     @jax.jit
     def full(model):
-        hidden, _, _ = model(texts, positions, jnp.ones_like(texts), Compute(attention="dense", matmul="dense"))
-        return model.logits(hidden, Compute())
+        compute = Compute(kernels="reference")
+        return model.logits(model(texts, positions, jnp.ones_like(texts), compute, depth=depth).hidden, compute)
 
     expected = np.asarray(full(model))
     expected = np.stack([row[n - 1 : n - 1 + STEPS] for row, n in zip(expected, lengths, strict=True)])
     # The full pass applies Eq. 7 with its shared experts, the decoder the merged experts of Eq. 8.
-    actual = decoded_logits(engine.prepare(model, Compute()), texts, lengths)
+    actual = decoded_logits(engine.prepare(model, Compute(), depth=depth), texts, lengths)
     assert relative_error(actual, expected) < 1e-5
 
 
@@ -136,20 +143,21 @@ def test_a_row_ends_before_a_stop_id_or_when_the_caller_says_so(decoder):
 
 
 def test_the_cache_is_updated_in_place_and_da_adds_nothing_that_grows():
-    config = dataclasses.replace(SMALL, depth=8, attention_experts=8)
+    config = changed(SMALL, depth=8, router={"attention_experts": 8})
     decoder = engine.prepare(convert.build(config, weights_of(config)), Compute())
     rows = 1024
-    cache = memory.empty_cache(config, 2, rows, jnp.float32)
+    caches = engine.empty_caches(decoder, 2, rows)
     latest, keys = jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0), 2)
-    compiled = engine._next.lower(decoder, Sampling(), cache, latest, latest, keys).compile()
-    size = cache.k.nbytes + cache.v.nbytes
+    compiled = engine._next.lower(decoder, Sampling(), caches, latest, latest, keys).compile()
+    size = sum(array.nbytes for array in jax.tree.leaves(caches))
+    assert size == 8 * 2 * rows * 2 * config.sa.kv_heads * config.sa.head_size * 4
     measured = compiled.memory_analysis()
     assert measured.alias_size_in_bytes >= size
     assert measured.temp_size_in_bytes < size // 2
 
 
 def test_a_cache_has_few_sizes_and_little_to_spare():
-    sizes = [memory.rows_for(n) for n in range(1, 4097)]
+    sizes = [engine.rows_for(n) for n in range(1, 4097)]
     assert all(n <= size <= max(n + 15, n * 1.25) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 8 + 4 * 5
 
@@ -166,9 +174,10 @@ def test_a_cache_has_no_rows_beyond_the_need_of_its_batch(decoder, monkeypatch):
 
 def test_a_later_depth_sees_the_depths_of_its_own_token_only(decoder):
     x = jnp.zeros((2, 1, decoder.config.width))
-    cache = memory.empty_depth_cache(decoder.config, x)
-    assert cache.k.shape == (decoder.config.depth, 2, 1, decoder.config.da_kv_heads, decoder.config.da_head_size)
-    assert not cache.k.any()
+    row = decoder.model.layer.da.row(x, decoder.depth)
+    assert row.k.shape == row.v.shape == (2, 1, decoder.config.da.kv_heads, decoder.config.da.head_size)
+    assert not row.k.any()
+    assert "da" not in engine.empty_caches(decoder, 2, 16)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """`python -m dreamer_jax.generate` on a checkpoint of a small random model."""
 
-import dataclasses
-
 import pytest
 
 from dreamer_jax import convert, generate
@@ -9,10 +7,10 @@ from dreamer_jax.config import Config, DataConfig, TrainConfig
 from dreamer_jax.data.sources import render_prompt
 from dreamer_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from dreamer_jax.inference import engine
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.training.checkpoint import load_model, save_model
 from tests import oracle
-from tests.model.test_dreamer import config_of, sizes_of
+from tests.models import changed, sizes_of, small
 
 VOCAB = 300
 
@@ -22,7 +20,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(train_sentencepiece(["Question: What is 12 plus 30?\nAnswer: It is 42 €."] * 4, VOCAB))
-    model = dataclasses.replace(config_of("DR+DA", "attention_parallel"), vocab=VOCAB)
+    model = changed(small("DR+DA"), vocab=VOCAB)
     weights = oracle.random_weights(sizes_of(model), seed=3, scale=0.3)
     config = Config(
         name="run", out=str(folder), model=model, data=DataConfig(context=64), train=TrainConfig(dtype="float32")

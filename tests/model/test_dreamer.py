@@ -1,6 +1,5 @@
 """The whole model against the float64 oracle, by the exchange format's names."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,78 +9,62 @@ import pytest
 from flax import nnx
 
 from dreamer_jax import convert
-from dreamer_jax.config import ModelConfig
-from dreamer_jax.model.dreamer import Compute, Dreamer
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import taken_apart
 from tests import oracle
-from tests.native import needs_compiler
+from tests.kernels.backends import needs_compiler
+from tests.models import (
+    PARALLEL,
+    SEQUENTIAL,
+    VARIANTS,
+    changed,
+    packed_batch,
+    relative_error,
+    sizes_of,
+    small,
+)
 
-SMALL = ModelConfig(
-    depth=3, width=32, vocab=61, query_heads=4, kv_heads=2, head_size=8, da_heads=2, da_kv_heads=1, da_head_size=8,
-    router_size=8, experts=7, active_experts=2, expert_width=12, attention_experts=5,
-)  # fmt: skip
-VARIANTS = {"LA": (False, False), "LA+DA": (False, True), "DR": (True, False), "DR+DA": (True, True)}
-MIXTURES = ("sequential", "attention_parallel", "parallel")
-CASES = [(v, "attention_parallel") for v in VARIANTS] + [
-    ("DR+DA", "sequential"),
-    ("LA+DA", "parallel"),
-    ("DR+DA", "parallel"),
-]
-
-
-def config_of(variant: str, mixture: str, base: ModelConfig = SMALL) -> ModelConfig:
-    recurrent, depth_attention = VARIANTS[variant]
-    return dataclasses.replace(base, depth_recurrent=recurrent, depth_attention=depth_attention, mixture=mixture)
-
-
-def sizes_of(config: ModelConfig) -> oracle.Sizes:
-    values = dataclasses.asdict(config) | {"attention_experts": config.linear_experts}
-    values["norm_eps"], values["active"] = values.pop("norm_epsilon"), values.pop("active_experts")
-    return oracle.Sizes(**values)
-
-
-def packed_batch(vocab: int, rows: int = 2, length: int = 24, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Rows of several documents with padding at the end: tokens, positions, segment ids."""
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, vocab, (rows, length)).astype(np.int32)
-    segments, positions = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
-    for row in range(rows):
-        start = 0
-        for segment in range(1, 4):
-            size = int(random.integers(2, length // 3))
-            segments[row, start : start + size] = segment
-            positions[row, start : start + size] = np.arange(size)
-            start += size
-    return tokens, positions, segments
+CASES = {
+    **{variant: (small(variant), 3) for variant in VARIANTS},
+    "DR+DA sequential": (small("DR+DA", SEQUENTIAL), 3),
+    "LA+DA parallel": (small("LA+DA", PARALLEL), 3),
+    "DR+DA parallel": (small("DR+DA", PARALLEL), 3),
+    "DR+DA at some depths": (small("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")), 3),
+    "LA+DA at some depths": (small("LA+DA", ("da[1:]", "sa[:2]", "ea[::2]")), 3),
+    "DR+DA deeper": (small("DR+DA"), 5),
+    "DR+DA deeper at some depths": (small("DR+DA", ("da[::2]+sa", "ea[-2:]")), 5),
+    "DR+DA shallower, scaled": (changed(small("DR+DA"), depth_rope_scaling=True), 2),
+}
+"""Model, and the depth that runs."""
 
 
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    scale = max(float(np.abs(expected).max()), 1e-6)
-    return float(np.abs(np.asarray(actual, np.float64) - expected).max()) / scale
-
-
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case), scope="module")
+@pytest.fixture(params=CASES.values(), ids=CASES, scope="module")
 def compared(request):
     """(what the model computes, what the oracle computes) on the same weights and batch."""
-    config = config_of(*request.param)
+    config, depth = request.param
     batch = packed_batch(config.vocab)
     mask = np.random.default_rng(5).random(batch[0].shape) < 0.7
     sizes = sizes_of(config)
     weights = oracle.random_weights(sizes, seed=1, scale=0.3)
-    expected = oracle.forward(weights, sizes, *batch)
-    loss = oracle.loss(weights, sizes, *batch, mask)
-    gradients = oracle.gradients(weights, sizes, *batch, mask)
+    expected = oracle.forward(weights, sizes, *batch, depth)
+    loss = oracle.loss(weights, sizes, *batch, mask, depth)
+    gradients = oracle.gradients(weights, sizes, *batch, mask, depth)
     biases = oracle.updated_biases(weights, sizes, expected.counts)
     model = convert.build(config, weights)
-    actual = convert.inspect(model, *map(jnp.asarray, batch), jnp.asarray(mask))
-    return config, jax.device_get(actual), expected, float(loss), gradients, biases, batch
+    inputs = *map(jnp.asarray, batch), jnp.asarray(mask)
+    actual = convert.inspect(model, *inputs, compute=Compute(), depth=depth)
+    return (config, depth), jax.device_get(actual), expected, float(loss), gradients, biases
 
 
 def test_selected_experts_equal_the_oracles(compared):
-    _, actual, expected, *_ = compared
-    np.testing.assert_array_equal(actual.capture.experts["ea"], expected.ea_ids)
-    for kind in set(actual.capture.experts) - {"ea"}:
-        np.testing.assert_array_equal(actual.capture.experts[kind][..., 0], getattr(expected, f"{kind}_ids"))
+    (config, depth), actual, expected, *_ = compared
+    routed = {kind for kind in ("sa", "da", "ea") if getattr(expected, f"{kind}_ids") is not None}
+    assert set(actual.capture.experts) == routed
+    for kind, ids in actual.capture.experts.items():
+        depths = list(config.depths_of(kind, depth))
+        chosen, wanted = ids[depths], getattr(expected, f"{kind}_ids")[depths]
+        np.testing.assert_array_equal(chosen if kind == "ea" else chosen[..., 0], wanted)
 
 
 def test_hidden_states_and_logits_equal_the_oracles(compared):
@@ -91,19 +74,19 @@ def test_hidden_states_and_logits_equal_the_oracles(compared):
 
 
 def test_depth_attention_equals_the_oracles_and_never_looks_deeper(compared):
-    config, actual, expected, *_ = compared
+    (config, depth), actual, expected, *_ = compared
+    attention = actual.capture.attention.get("da")
     if not config.depth_attention:
-        assert actual.capture.depth_attention is None
+        assert attention is None
         return
-    attention = actual.capture.depth_attention
     assert relative_error(attention, expected.da_attention) < 2e-5
-    for l in range(config.depth):
+    for l in range(depth):
         assert (attention[l, ..., l + 1 :] == 0).all()
-        np.testing.assert_allclose(attention[l].sum(-1), 1, rtol=1e-5)
+        np.testing.assert_allclose(attention[l].sum(-1), float(l in config.depths_of("da", depth)), rtol=1e-5)
 
 
 def test_loss_and_every_gradient_equal_the_oracles(compared):
-    _, actual, _, loss, gradients, _, _ = compared
+    _, actual, _, loss, gradients, _ = compared
     assert abs(actual.loss - loss) < 1e-5 * abs(loss)
     assert set(actual.gradients) == set(gradients)
     errors = {name: relative_error(actual.gradients[name], gradients[name]) for name in gradients}
@@ -111,21 +94,20 @@ def test_loss_and_every_gradient_equal_the_oracles(compared):
 
 
 def test_biases_after_one_update_equal_the_oracles(compared):
-    _, actual, _, _, _, biases, _ = compared
+    _, actual, _, _, _, biases = compared
     assert set(actual.biases) == set(biases)
     for name, bias in biases.items():
         np.testing.assert_allclose(actual.biases[name], bias, rtol=0, atol=1e-7, err_msg=name)
 
 
-def gradient_program(remat: str, matmul: str = "blocks") -> str:
+def gradient_program(remat: str, kernels: str = "plain") -> str:
     """StableHLO of the gradient of DR+DA's head input."""
-    config = config_of("DR+DA", "attention_parallel")
+    config = small("DR+DA")
     graph, params, biases = taken_apart(Dreamer(config, nnx.Rngs(0)))
     batch = [jnp.asarray(a) for a in packed_batch(config.vocab)]
 
     def total(params):
-        hidden, _, _ = nnx.merge(graph, params, biases)(*batch, Compute(remat=remat, matmul=matmul))
-        return jnp.sum(hidden**2)
+        return jnp.sum(nnx.merge(graph, params, biases)(*batch, Compute(remat=remat, kernels=kernels)).hidden ** 2)
 
     return jax.jit(jax.grad(total)).lower(params).as_text()
 
@@ -148,19 +130,19 @@ def test_selective_remat_does_not_attend_a_second_time():
 @needs_compiler
 @pytest.mark.parametrize(("variant", "remat"), [("DR+DA", "products"), ("LA", "selective")])
 def test_native_kernels_give_the_gradients_of_plain_jax_through_all_depths(variant, remat):
-    config = config_of(variant, "attention_parallel")
+    config = small(variant)
     graph, params, biases = taken_apart(Dreamer(config, nnx.Rngs(0)))
     batch = [jnp.asarray(a) for a in packed_batch(config.vocab)]
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradients(params, compute):
         def total(params):
-            return jnp.sum(nnx.merge(graph, params, biases)(*batch, compute)[0] ** 3)
+            return jnp.sum(nnx.merge(graph, params, biases)(*batch, compute).hidden ** 3)
 
         return jax.grad(total)(params)
 
-    native = gradients(params, Compute(remat=remat, attention="native", matmul="native"))
-    plain = gradients(params, Compute(remat=remat, attention="blocks", matmul="blocks"))
+    native = gradients(params, Compute(remat=remat, kernels="native"))
+    plain = gradients(params, Compute(remat=remat, kernels="plain"))
     for got, want in zip(jax.tree.leaves(native), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
 

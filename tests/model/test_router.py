@@ -1,93 +1,85 @@
-"""Routing: what the CPU's kernel and plain JAX select, score and differentiate."""
+"""A router against the float64 oracle, compiled and not; and the balancing of Eq. 3."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from chex import assert_trees_all_close, assert_trees_all_equal
 from flax import nnx
 
-from dreamer_jax.config import ModelConfig
-from dreamer_jax.model.grouped_matmul import plan
-from dreamer_jax.model.router import Router, best_by_passes, best_by_sorting
-from tests.native import needs_compiler
+from dreamer_jax.kernels.interface import Kernels
+from dreamer_jax.kernels.norm import rms_norm
+from dreamer_jax.kernels.plain.heads import rotate
+from dreamer_jax.kernels.plain.implementation import PLAIN
+from dreamer_jax.model.parameters import table_of
+from dreamer_jax.model.rope import depth_rotation
+from dreamer_jax.model.router import Router, balanced_bias
+from tests import oracle
+from tests.models import sizes_of, small
 
-CONFIG = ModelConfig(depth_recurrent=True, depth=4, width=24, vocab=32, router_size=20)
-SHAPES = [(37, 8, 1), (130, 45, 4), (5, 3, 3), (1, 33, 8)]
-"""Tokens, experts, active: full and broken tiles and vectors, all experts, one token."""
-
-
-def router(experts):
-    """Learned norms and biases that decide a part of the choices."""
-    made = Router(CONFIG, experts, nnx.Rngs(0), ())
-    keys = jax.random.split(jax.random.key(experts), 3)
-    for param, key in ((made.q_norm, keys[0]), (made.k_norm, keys[1])):
-        param.set_value(1 + 0.3 * jax.random.normal(key, param.shape))
-    made.bias.set_value(0.3 * jax.random.normal(keys[2], (experts,)))
-    return made
+CONFIG = small("DR+DA")
+SIZES = sizes_of(CONFIG)
+NAME, ACTIVE, DEPTH_INDEX = "layer.ea.router", CONFIG.ea.active_experts, 1
+EXACT = {"rtol": 2e-5, "atol": 2e-6}
 
 
-def results(graph, state, x, counted, active, weight, backend):
-    """The routing, and the gradients of weighted scores for parameters and tokens."""
-
-    @jax.jit
-    def loss(params, x, biases):
-        routing = nnx.merge(graph, params, biases)(x, jnp.int32(2), counted, active, backend)
-        return jnp.sum(weight * routing.scores), routing
-
-    (_, routing), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*state[:1], x, state[1])
-    return routing, gradients
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@needs_compiler
-@pytest.mark.parametrize(("tokens", "experts", "active"), SHAPES)
-def test_the_kernel_selects_scores_and_differentiates_as_plain_jax(tokens, experts, active):
-    rng = np.random.default_rng(tokens)
-    x = jnp.asarray(rng.normal(size=(tokens, CONFIG.width)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(tokens, active)), jnp.float32)
-    counted = jnp.asarray(rng.random(tokens) < 0.7)
-    graph, *state = nnx.split(router(experts), nnx.Param, ...)
-    (plain, d_plain), (native, d_native) = (
-        results(graph, state, x, counted, active, weight, backend) for backend in ("blocks", "native")
-    )
-    assert_trees_all_equal((native.ids, native.counts), (plain.ids, plain.counts))
-    assert_trees_all_close((native.scores, native.entropy), (plain.scores, plain.entropy), rtol=2e-6)
-    largest = max(float(jnp.abs(d).max()) for d in jax.tree.leaves(d_plain))
-    assert_trees_all_close(d_native, d_plain, atol=1e-6 * largest, rtol=0)
+class TestRouter(chex.TestCase):
+    def setUp(self):
+        super().setUp()
+        weights = oracle.random_weights(SIZES, seed=3)
+        router = Router(CONFIG, table_of(CONFIG, "ea", nnx.Rngs(0), merged=False))
+        for name in ("w_q", "keys", "q_norm", "k_norm", "bias"):
+            getattr(router, name).set_value(jnp.asarray(weights[f"{NAME}.{name}"], jnp.float32))
+        self.graph, self.state = nnx.split(router)
+        self.x, self.counted = normal(0, 40, CONFIG.width), np.arange(40) % 3 > 0
+        depth = oracle.Depth(DEPTH_INDEX, CONFIG.depth)
+        self.expected = oracle.route(oracle.tensors(weights), SIZES, NAME, oracle.tensor(self.x[None]), depth, ACTIVE)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_it_selects_and_scores_as_the_oracle_does(self):
+        @self.variant
+        def route(state, x, counted):
+            router = nnx.merge(self.graph, state)
+            return router(x, counted, ACTIVE, jnp.int32(DEPTH_INDEX), CONFIG.depth, Kernels(PLAIN), with_logits=True)
+
+        routing = route(self.state, jnp.asarray(self.x), jnp.asarray(self.counted))
+        ids = self.expected.ids[0]
+        chex.assert_trees_all_equal(
+            (routing.ids, routing.counts), (ids, np.bincount(ids[self.counted].ravel(), minlength=SIZES.experts))
+        )
+        every = 1 / (1 + np.exp(-np.asarray(routing.logits, np.float64)))
+        share = every / every.sum(axis=-1, keepdims=True)
+        entropy = -(share * np.log(share)).sum(axis=-1)[self.counted].sum()
+        scores = np.asarray(self.expected.scores.value)[0].reshape(ids.shape)
+        chex.assert_trees_all_close((routing.scores, routing.entropy), (scores, entropy), **EXACT)
 
 
-@needs_compiler
-def test_the_kernel_gives_ties_to_the_lower_index_and_keeps_to_valid_experts_without_numbers():
-    made = router(11)
-    made.bias.set_value(jnp.zeros(11).at[jnp.array([3, 9])].set(1.0))
-    x = jnp.zeros((2, CONFIG.width)).at[1].set(jnp.nan)
-    routing = made(x, jnp.int32(0), jnp.ones(2, bool), 4, "native")
-    assert routing.ids[0].tolist() == [3, 9, 0, 1]
-    assert len(set(routing.ids[1].tolist())) == 4
-    assert 0 <= int(routing.ids[1].min()) <= int(routing.ids[1].max()) < 11
-    assert np.isnan(routing.scores[1]).all()
-    assert np.isnan(routing.entropy)
+class TestItsParts(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_norm_and_depth_rotation_equal_the_oracle_s(self):
+        x, weight = 3 * normal(1, 5, SIZES.router_size), 1 + normal(2, SIZES.router_size) / 4
 
+        @self.variant
+        def run(x, weight, l):
+            normed = rms_norm(x, weight, CONFIG.norm_epsilon)
+            return normed, rotate(normed, depth_rotation(CONFIG, l, CONFIG.depth, SIZES.router_size))
 
-@needs_compiler
-def test_the_kernel_s_entropy_holds_at_logits_of_any_size():
-    made = router(9)
-    x = jax.random.normal(jax.random.key(0), (16, CONFIG.width))
-    for size in (1e-3, 1.0, 30.0, 1e3):
-        made.k_norm.set_value(jnp.full(CONFIG.router_size, size))
-        plain, native = (made(x, jnp.int32(1), jnp.ones(16, bool), 2, backend) for backend in ("blocks", "native"))
-        np.testing.assert_allclose(native.entropy, plain.entropy, rtol=1e-5, atol=1e-5)
+        for l in range(CONFIG.depth):
+            normed = oracle.rms_norm(oracle.tensor(x), oracle.tensor(weight), SIZES.norm_eps)
+            angles = oracle.depth_angles_of(SIZES, oracle.Depth(l, CONFIG.depth), SIZES.router_size)
+            expected = normed.value, oracle.rotate(normed, angles).value
+            chex.assert_trees_all_close(run(jnp.asarray(x), jnp.asarray(weight), jnp.int32(l)), expected, **EXACT)
 
-
-@needs_compiler
-def test_the_kernel_orders_choices_as_plain_jax():
-    for tokens, experts, active in SHAPES:
-        ids = jax.random.randint(jax.random.key(tokens), (tokens, active), 0, experts, jnp.int32)
-        assert_trees_all_equal(plan(ids, experts, native_kernel=True), plan(ids, experts))
-
-
-@pytest.mark.parametrize("active", [1, 4, 33])
-def test_passes_find_what_sorting_finds_ties_included(active):
-    values = np.random.default_rng(active).normal(size=(50, 33)).round(1).astype(np.float32) + 0.0  # no -0
-    values[0] = 0
-    assert_trees_all_equal(best_by_passes(jnp.asarray(values), active), best_by_sorting(jnp.asarray(values), active))
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_biases_move_towards_the_median(self):
+        counts = np.array([[4, 0, 9, 5], [7, 7, 7, 7], [2**24 + 1, 2**24, 2**24, 2**24 + 3]], np.int32)
+        bias = normal(4, *counts.shape)
+        moved = self.variant(lambda bias, counts: balanced_bias(bias, counts, 0.5))(
+            jnp.asarray(bias), jnp.asarray(counts)
+        )
+        steps = np.array([[1, 1, -1, -1], [0, 0, 0, 0], [-1, 1, 1, -1]], np.float32)
+        chex.assert_trees_all_close(moved, bias + 0.5 * steps, rtol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(moved, jax.ShapeDtypeStruct(counts.shape, jnp.float32))

@@ -5,17 +5,16 @@ import sys
 import zlib
 from pathlib import Path
 
-from dreamer_jax.config import Config, KernelConfig, MeshConfig
+from dreamer_jax.config import Config, MeshConfig
 from dreamer_jax.distributed import joined
-from tests.training.toy import toy_config
+from tests.training.toy import REFERENCE, toy_config
 
 BATCH = 8
 
 
 def config_of(folder: Path, name: str, mesh: tuple[int, int, int], steps: int) -> Config:
     config = toy_config(folder, steps=steps, batch=BATCH, remat="none")
-    plain = KernelConfig(attention="dense", grouped_matmul="dense")  # they compile soonest
-    return dataclasses.replace(config, name=name, mesh=MeshConfig(*mesh), kernels=plain)
+    return dataclasses.replace(config, name=name, mesh=MeshConfig(*mesh), kernels=REFERENCE)
 
 
 def train_leg(folder: Path, name: str, mesh: tuple[int, int, int], steps: int, group=None) -> None:
@@ -29,7 +28,7 @@ def train_leg(folder: Path, name: str, mesh: tuple[int, int, int], steps: int, g
         for step, batch in enumerate(stream, start_step + 1):
             if split == "train" and step <= steps:
                 with (folder / f"{name}.rows").open("a") as file:
-                    for row, tokens in zip(held, batch["tokens"], strict=True):
+                    for row, tokens in zip(held, batch.tokens, strict=True):
                         file.write(f"{step} {row} {zlib.crc32(tokens.tobytes())}\n")
             yield batch
 

@@ -142,9 +142,9 @@ def test_a_save_in_progress_does_not_see_later_steps(folder):
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted):
     config, _ = uninterrupted
-    wider = named(with_model(toy_config(folder), expert_width=16), "uninterrupted")
+    wider = named(with_model(toy_config(folder), ea={"expert_width": 16}), "uninterrupted")
     before = (config.run_dir / "config.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"model\.expert_width.*--name"):
+    with pytest.raises(ConfigError, match=r"model\.ea\.expert_width.*--name"):
         train(wider)
     assert (config.run_dir / "config.json").read_bytes() == before
     _, like = init_state(wider, make_mesh(MeshConfig()))
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted)
         pytest.raises(CheckpointError, match=r"misshapen: params\.layer\.ea\.w_down"),
     ):
         checkpoints.restore(like, checkpoints.latest)
-    without_da = with_model(config, depth_attention=False)
+    without_da = with_model(config, mixture=("sa", "ea"))
     _, like = init_state(without_da, make_mesh(MeshConfig()))
     with (
         Checkpoints(config.run_dir) as checkpoints,

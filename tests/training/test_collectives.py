@@ -13,13 +13,14 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dreamer_jax.config import KernelConfig, MeshConfig
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.config import MeshConfig
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.ahead_of_time import abstract_batch
 from dreamer_jax.training.collectives import Collective, collectives
 from dreamer_jax.training.step import abstract_state, make_train_step
 from tests.training.test_step import config_of
+from tests.training.toy import REFERENCE, with_model
 
 
 def compiled_text(f, *arguments) -> str:
@@ -53,11 +54,9 @@ def test_bytes_sent_are_those_of_ring_algorithms(kind: str, sent: float) -> None
 
 
 def step_collectives(folder, depth: int, mesh: MeshConfig, **train) -> list[Collective]:
-    config = config_of("DR+DA", folder, **train)
     # As many attention experts at every depth: then the weights do not grow with it.
-    model = dataclasses.replace(config.model, depth=depth, attention_experts=3)
-    kernels = KernelConfig(attention="dense", grouped_matmul="dense")
-    config = dataclasses.replace(config, model=model, kernels=kernels, mesh=mesh)
+    config = with_model(config_of("DR+DA", folder, **train), depth=depth, router={"attention_experts": 3})
+    config = dataclasses.replace(config, kernels=REFERENCE, mesh=mesh)
     placed = make_mesh(mesh)
     graph, state = abstract_state(config, placed)
     step = make_train_step(config, Compute.of(config, placed), placed, graph)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer_jax.config import KernelConfig, MeshConfig
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.config import MeshConfig
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.step import init_state, make_train_step
 from tests.training.test_step import batch_of, config_of
+from tests.training.toy import REFERENCE
 
 STEPS = 5
 MESHES = [
@@ -23,10 +24,10 @@ MESHES = [
 def run(variant, folder, sizes, **train):
     """(state, what the steps reported) after a few steps on a mesh (data, fsdp, expert).
 
-    With the reference backends, which compile sooner: how products are formed does not depend on the mesh.
+    With the reference kernels, which compile sooner: how products are formed does not depend on the mesh.
     """
     config = config_of(variant, folder, **train)
-    config = dataclasses.replace(config, kernels=KernelConfig(attention="dense", grouped_matmul="dense"))
+    config = dataclasses.replace(config, kernels=REFERENCE)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
     compute = Compute.of(config, mesh)
     graph, state = init_state(config, mesh)

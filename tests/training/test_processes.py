@@ -275,7 +275,7 @@ def test_a_folder_is_one_runs_at_a_time_and_the_same_for_all(tmp_path, monkeypat
         claimed(tmp_path, Group()),
     ):
         pass
-    monkeypatch.setattr("dreamer_jax.training.run_folder.VISIBLE_SECONDS", 0.1)
+    monkeypatch.setattr("dreamer_jax.distributed.VISIBLE_SECONDS", 0.1)
     elsewhere = Group(DistributedConfig(), index=1, count=2)
     monkeypatch.setattr(elsewhere, "told", lambda topic: "pid 1 on another")
     with pytest.raises(RunFolderError, match="not the folder that process 0"), claimed(tmp_path, elsewhere):

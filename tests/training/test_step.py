@@ -1,7 +1,10 @@
 """One optimizer step means the same in any number of microbatches and under any remat (test_mesh.py: on any mesh)."""
 
+import dataclasses
 import functools
+import operator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +12,14 @@ import pytest
 from flax import nnx
 
 from dreamer_jax.config import MeshConfig, OptimizerConfig
-from dreamer_jax.model.dreamer import Compute
+from dreamer_jax.data.loader import Batch
+from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.parameters import Matrix, Norm, RouterKeys
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.optimizer import adamw, decayed, learning_rate
 from dreamer_jax.training.step import init_state, make_evaluation, make_train_step
-from tests.model.test_dreamer import packed_batch
-from tests.training.toy import toy_config, with_model
+from tests.models import packed_batch, variant_of
+from tests.training.toy import toy_config
 
 STEPS = 3
 
@@ -23,8 +27,7 @@ STEPS = 3
 def batch_of(config, seed=0):
     tokens, positions, segments = packed_batch(config.model.vocab, config.train.batch, config.data.context, seed)
     mask = np.random.default_rng(seed).random(tokens.shape) < 0.8
-    arrays = {"tokens": tokens, "positions": positions, "segment_ids": segments, "response_mask": mask}
-    return {name: jnp.asarray(array) for name, array in arrays.items()}
+    return jax.tree.map(jnp.asarray, Batch(tokens, positions, segments, mask))
 
 
 def run(config, *, compute=None, steps=STEPS):
@@ -45,8 +48,12 @@ def reference(variant, folder):
 
 
 def config_of(variant, folder, **train):
-    recurrent, depth_attention = {"LA": (False, False), "DR": (True, False), "DR+DA": (True, True)}[variant]
-    return with_model(toy_config(folder, **train), depth_recurrent=recurrent, depth_attention=depth_attention)
+    config = toy_config(folder, **train)
+    return dataclasses.replace(config, model=variant_of(config.model, variant))
+
+
+def counts_of(result):
+    return {kind: figures.counts for kind, figures in result.figures.routers.items()}
 
 
 def check_same_training(actual, expected):
@@ -59,9 +66,8 @@ def check_same_training(actual, expected):
     for result, expected_result in zip(results, expected_results, strict=True):
         np.testing.assert_allclose(result.loss, expected_result.loss, rtol=2e-6)
         np.testing.assert_allclose(result.gradient_norm, expected_result.gradient_norm, rtol=2e-5)
-        for kind, figures in expected_result.figures.routers.items():
-            np.testing.assert_array_equal(result.figures.routers[kind].counts, figures.counts)
-    jax.tree.map(np.testing.assert_array_equal, state.biases, expected_state.biases)
+        chex.assert_trees_all_equal(counts_of(result), counts_of(expected_result))
+    chex.assert_trees_all_equal(state.biases, expected_state.biases)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
         assert np.mean(np.abs(a - b)) < 1e-5 * np.mean(np.abs(b)) + 1e-7
 
@@ -95,11 +101,10 @@ def test_biases_move_by_their_rates_and_sum_what_shares_them(folder):
 def test_padding_is_not_counted(folder):
     config = config_of("DR+DA", folder)
     _, results = run(config, steps=1)
-    tokens = int((batch_of(config)["segment_ids"] > 0).sum())
+    tokens = int((batch_of(config).segment_ids > 0).sum())
     assert results[0].figures.tokens == tokens < config.tokens_per_step
-    for kind, active in (("ea", config.model.active_experts), ("sa", 1), ("da", 1)):
-        counts = results[0].figures.routers[kind].counts
-        np.testing.assert_array_equal(counts.sum(axis=-1), [tokens * active] * config.model.depth)
+    for kind, active in (("ea", config.model.ea.active_experts), ("sa", 1), ("da", 1)):
+        np.testing.assert_array_equal(counts_of(results[0])[kind].sum(axis=-1), [tokens * active] * config.model.depth)
 
 
 def test_a_non_finite_step_is_skipped_and_counted(folder):
@@ -112,9 +117,8 @@ def test_a_non_finite_step_is_skipped_and_counted(folder):
     after, result = jax.device_get(step(poisoned, batch_of(config)))
     assert not np.isfinite(result.loss)
     assert (after.step, after.skipped, after.bad_in_a_row) == (1, 1, 1)
-    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    jax.tree.map(np.testing.assert_array_equal, after.optimizer, before.optimizer)
-    jax.tree.map(np.testing.assert_array_equal, after.biases, before.biases)
+    kept = operator.attrgetter("params", "optimizer", "biases")
+    chex.assert_trees_all_equal(kept(after), kept(before))
 
 
 def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss(folder):
@@ -152,7 +156,7 @@ def test_initialisation_depends_on_the_seed_alone(folder):
     one = init_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1]
     eight = init_state(config, make_mesh(MeshConfig()))[1]
     other = init_state(config_of("DR+DA", folder, seed=1), make_mesh(MeshConfig()))[1]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
+    chex.assert_trees_all_equal(jax.device_get(one), jax.device_get(eight))
     assert not np.array_equal(one.params["embed"][...], other.params["embed"][...])
 
 

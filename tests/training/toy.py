@@ -1,16 +1,36 @@
 """A run small enough for a test: documents, model and batch."""
 
-import dataclasses
 import json
 from pathlib import Path
 
-from dreamer_jax.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig, OptimizerConfig, Source
+from dreamer_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DepthAttentionConfig,
+    ExpertAttentionConfig,
+    KernelConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    SequenceAttentionConfig,
+    Source,
+)
 from dreamer_jax.config import TrainConfig as Train
+from tests.models import changed
 
 MODEL = ModelConfig(
-    depth=2, width=16, vocab=300, query_heads=2, kv_heads=1, head_size=8, da_head_size=8, router_size=8,
-    experts=6, active_experts=2, expert_width=8, attention_experts=3,
-)  # fmt: skip
+    depth=2,
+    width=16,
+    vocab=300,
+    sa=SequenceAttentionConfig(query_heads=2, kv_heads=1, head_size=8),
+    da=DepthAttentionConfig(head_size=8),
+    ea=ExpertAttentionConfig(experts=6, active_experts=2, expert_width=8),
+    router=RouterConfig(size=8, attention_experts=3),
+)
+REFERENCE = KernelConfig(implementation="reference")
+"""They compile soonest."""
 
 
 def toy_config(folder: Path, **train) -> Config:
@@ -39,6 +59,6 @@ def toy_config(folder: Path, **train) -> Config:
     )
 
 
-def with_model(config: Config, **changes) -> Config:
-    """The config with other model keys."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+def with_model(config: Config, **keys) -> Config:
+    """The config with other keys of the model; a dict changes keys of a section: ea={"experts": 5}."""
+    return changed(config, model=keys)

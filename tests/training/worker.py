@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from dreamer_jax.config import Config, DistributedConfig, KernelConfig
+from dreamer_jax.config import Config, DistributedConfig
 from dreamer_jax.distributed import joined
-from tests.training.toy import toy_config
+from tests.training.toy import REFERENCE, toy_config
 
 FAULT_STEP = 4
 HANG_SECONDS = 6
@@ -23,8 +23,8 @@ LAST = ("kill", "behead", "fail", "hang")
 
 def config_of(folder: Path, name: str) -> Config:
     patience = DistributedConfig(hang_s=HANG_SECONDS) if name == "hang" else DistributedConfig()
-    plain = KernelConfig(attention="dense", grouped_matmul="dense")  # they compile soonest
-    return dataclasses.replace(toy_config(folder, remat="none"), name=name, kernels=plain, distributed=patience)
+    config = toy_config(folder, remat="none")
+    return dataclasses.replace(config, name=name, kernels=REFERENCE, distributed=patience)
 
 
 def strike(fault: str) -> None:
@@ -57,7 +57,7 @@ def stand_in(mesh):
 
     @jax.jit
     def step(state, batch):
-        zero, loss = jnp.zeros((), jnp.int32), jnp.sum(batch["tokens"]).astype(jnp.float32)
+        zero, loss = jnp.zeros((), jnp.int32), jnp.sum(batch.tokens).astype(jnp.float32)
         figures = Figures({}, jnp.zeros(2), jnp.ones((), jnp.int32))
         return state, StepResult(loss, loss, loss, loss, figures, zero, zero)
 

@@ -1,0 +1,1 @@
+"""The sections of the config, one an attention dimension: keys, weights, costs. No JAX here."""

@@ -1,0 +1,1 @@
+"""The operations of a depth (interface.py) and the implementations that compute them on each platform."""

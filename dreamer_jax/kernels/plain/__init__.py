@@ -1,0 +1,1 @@
+"""Every operation in plain JAX: any compute type, any platform."""
