@@ -72,8 +72,8 @@ class LatentAttentionConfig(Dimension):
         found = np.load(path, allow_pickle=False)
         if found.shape != expected:
             raise ConfigError(
-                f"model.latent.embeddings: '{path}' has shape {found.shape}, model.latent.latents and embedding_size ask "
-                f"for {expected}"
+                f"model.latent.embeddings: '{path}' has shape {found.shape}, model.latent.latents and "
+                f"model.latent.embedding_size ask for {expected}"
             )
         return found.astype(np.float32)
 
