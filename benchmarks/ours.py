@@ -16,7 +16,7 @@ from dreamer_jax import sharding
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import Config
-from dreamer_jax.data.loader import Batch
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.dimensions.base import Weight
 from dreamer_jax.inference import engine
 from dreamer_jax.inference.sample import Sampling, sequence_keys

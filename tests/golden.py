@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dreamer_jax.config import KernelConfig, MeshConfig, load
-from dreamer_jax.data.loader import Batch
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.step import init_state, make_train_step

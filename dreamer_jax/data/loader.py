@@ -7,13 +7,14 @@ devices hold.
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
 from dreamer_jax.config import Config
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared
 from dreamer_jax.data.pack import load_plan, row_documents
 from dreamer_jax.data.sources import DataError, Split
@@ -68,19 +69,6 @@ class HeldRows:
         row = self._stream[step * self._batch + self._held[place]]
         assert row is not None  # no dataset here filters
         return row
-
-
-class Batch(NamedTuple):
-    """Packed rows, [B, T] each: on the host, or on devices."""
-
-    tokens: Any
-    """int32."""
-    positions: Any
-    """int32, from 0 in each document."""
-    segment_ids: Any
-    """int32: 1, 2, ... by document, 0 where a row is empty."""
-    response_mask: Any
-    """bool: True on response tokens and the token that ends them."""
 
 
 def lay_out(documents: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]:

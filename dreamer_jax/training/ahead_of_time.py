@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dreamer_jax import sharding
 from dreamer_jax.accounting.hardware import GIB, hardware
 from dreamer_jax.config import Config, ConfigError
-from dreamer_jax.data.loader import Batch
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.training.collectives import Collective, collectives
 from dreamer_jax.training.step import abstract_state, make_train_step

@@ -14,8 +14,9 @@ from dreamer_jax import sharding
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.hardware import peak_flops
 from dreamer_jax.config import Config, ConfigError
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
-from dreamer_jax.data.loader import Batch, batches
+from dreamer_jax.data.loader import batches
 from dreamer_jax.distributed import DistributedError, Group
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import RouterFigures

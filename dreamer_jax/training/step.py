@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import Config
-from dreamer_jax.data.loader import Batch
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import Dreamer, Figures, prepared
 from dreamer_jax.model.parameters import Matrix, taken_apart

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dreamer_jax.config import Config
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared, prepare
-from dreamer_jax.data.loader import Batch, batches, rows
+from dreamer_jax.data.loader import batches, rows
 from dreamer_jax.data.sources import DataError, render_prompt
 from dreamer_jax.data.tokenizer import load_tokenizer
 from tests.data.conftest import sums

@@ -68,7 +68,7 @@ def tolerance(config):
 
 
 def computed():
-    """Each model with some policy, and one of everything with all of them; with native kernels, which compile sooner."""
+    """Each model with some policy, and one of everything with all of them; native kernels compile sooner."""
     for i, name in enumerate(MODELS):
         for remat in POLICIES if name == "DR everything, deeper" else [POLICIES[i % 4]]:
             kernels = "plain" if name.startswith("DR") and remat == "selective" else "native"

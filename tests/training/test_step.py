@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from dreamer_jax.config import MeshConfig, OptimizerConfig
-from dreamer_jax.data.loader import Batch
+from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.parameters import Matrix, Norm, RouterKeys
 from dreamer_jax.sharding import make_mesh
