@@ -186,6 +186,9 @@ class Dimension:
     def check(self, model: Shape) -> None:
         """Raise ConfigError for what no single key shows."""
 
+    def check_files(self) -> None:
+        """Raise ConfigError unless the files that initialisation reads are there and fit."""
+
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:
         """The arrays of one layer, in the order in which they are drawn; `merged`: after Eq. 8."""
         raise NotImplementedError

@@ -58,6 +58,11 @@ class LatentAttentionConfig(Dimension):
             "model.latent.embeddings (a file) and model.latent.embedding_size (its columns) go together; give both",
         )
 
+    def check_files(self) -> None:
+        """The embeddings can be read."""
+        if self.embeddings:
+            self.read_embeddings()
+
     def read_embeddings(self) -> Any:
         """The file's array [Z, C], float32.
 

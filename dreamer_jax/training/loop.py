@@ -33,7 +33,14 @@ from dreamer_jax.training.metrics import Sinks
 from dreamer_jax.training.preemption import Agreement, preemption
 from dreamer_jax.training.rows import held_rows, place_rows
 from dreamer_jax.training.run_folder import claimed
-from dreamer_jax.training.step import StepResult, TrainState, init_state, make_evaluation, make_train_step
+from dreamer_jax.training.step import (
+    StepResult,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_evaluation,
+    make_train_step,
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,12 +83,13 @@ def train(config: Config, group: Group | None = None) -> Summary:
     sharding.check_batch(config.train.batch, config.train.microbatches, mesh)
     prepared = _prepared(config, group)
     group.beat("the initialisation", slow=True)
-    graph, state = init_state(config, mesh)
     with (
         claimed(config.run_dir, group),
         Checkpoints(config.run_dir, config.checkpoint) as checkpoints,
         preemption() as asked,
     ):
+        # To be restored, a state needs neither to be drawn nor the files that it was made of.
+        graph, state = (init_state if checkpoints.latest is None else abstract_state)(config, mesh)
         state, start = _resumed(config, checkpoints, state, prepared, group)
         if group.index == 0:
             write_run_files(config.run_dir, config, prepared.tokenizer)

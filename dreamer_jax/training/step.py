@@ -62,7 +62,13 @@ class StepResult(NamedTuple):
 
 
 def init_state(config: Config, mesh: Mesh) -> tuple[Any, TrainState]:
-    """(graph definition of the model, state before the first step), a pure function of `train.seed`."""
+    """(graph definition of the model, state before the first step), a pure function of `train.seed` and of given files.
+
+    Raises:
+        ConfigError: as `abstract_state`; or such a file is missing or does not fit.
+    """
+    for dimension in config.model.dimensions.values():
+        dimension.check_files()  # an error inside of the program would leave its other devices waiting
     graph, shapes = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, shapes)
     init = functools.partial(_initial, config)

@@ -6,11 +6,14 @@ import pytest
 from flax import nnx
 
 from dreamer_jax import convert
-from dreamer_jax.config import ConfigError
+from dreamer_jax.config import ConfigError, MeshConfig
 from dreamer_jax.model.dreamer import Dreamer
+from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.checkpoint import load_model, save_model
+from dreamer_jax.training.loop import train
+from dreamer_jax.training.step import init_state
 from tests.models import changed, small
-from tests.training.toy import toy_config
+from tests.training.toy import REFERENCE, toy_config
 
 
 def model_of(variant, file):
@@ -35,8 +38,9 @@ def test_a_file_that_is_missing_or_of_another_shape_is_named(shape, tmp_path):
     if shape:
         np.save(tmp_path / "texts.npy", np.zeros(shape))
     message = r"texts.npy' has shape .* ask for \(6, 9\)" if shape else "there is no file '.*texts.npy'"
+    config = changed(toy_config(tmp_path), model=model_of("DR", tmp_path / "texts.npy"))
     with pytest.raises(ConfigError, match=message):
-        model_of("DR", tmp_path / "texts.npy").latent.read_embeddings()
+        init_state(config, make_mesh(MeshConfig()))
 
 
 def test_a_checkpoint_is_restored_without_the_file(tmp_path):
@@ -49,3 +53,12 @@ def test_a_checkpoint_is_restored_without_the_file(tmp_path):
     file.unlink()
     restored = load_model(config.run_dir).model
     chex.assert_trees_all_equal(convert.named_arrays(restored), convert.named_arrays(model))
+
+
+def test_a_run_resumes_without_the_file(tmp_path):
+    file = tmp_path / "texts.npy"
+    np.save(file, np.random.default_rng(0).normal(size=(6, 9)))
+    config = changed(toy_config(tmp_path, steps=2), model=changed(model_of("DR", file), vocab=300), kernels=REFERENCE)
+    train(config)
+    file.unlink()
+    assert train(changed(config, train={"steps": 3})).step == 3
