@@ -168,7 +168,7 @@ def attention_shapes(sizes: Sizes, name: str, kind: str, merged: bool) -> dict[s
             shapes[f"{name}.{matrix}_shared"] = shape
     shapes |= {f"{name}.q_norm": (h,), f"{name}.k_norm": (h,)}
     if kind == "da" and sizes.da_linear:
-        shapes |= {f"{name}.decay": (k,), f"{name}.o_norm": (h,)}
+        shapes[f"{name}.decay"] = (k,)
     if sizes.depth_recurrent:
         shapes |= router_shapes(sizes, f"{name}.router", sizes.attention_experts)
     return shapes
@@ -363,7 +363,6 @@ def depth_attention(weights, sizes: Sizes, x, depth: Depth, cache: dict):
     if sizes.da_linear:
         fades = [sigmoid(weights[f"{sizes.prefix(earlier)}.da.decay"] * 2) for earlier in cache]
         y = attend_linearly(q, keys, values, fades)
-        y = rms_norm(y, weights[f"{name}.o_norm"], sizes.norm_eps)
     else:
         reached = [reaches(sizes, depth.index - earlier) for earlier in cache]
         y, probabilities = attend(q, keys, values, np.broadcast_to(reached, (b * t, 1, len(cache))))

@@ -11,7 +11,6 @@ from dreamer_jax.dimensions.base import (
     Weight,
     check_depth_rope,
     require,
-    saved_norm,
 )
 from dreamer_jax.dimensions.heads import Heads
 
@@ -47,12 +46,9 @@ class DepthAttentionConfig(Heads):
         )
 
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:
-        """Projections; for the linear form also the factors by which depths fade, and the norm of what it reads."""
-        weights = super().weights(model, merged)
-        if self.form == "softmax":
-            return weights
-        fade = Weight("decay", (self.kv_heads,), ("norm",), "norm", "norms")
-        return (*weights, fade, Weight("o_norm", (self.head_size,), ("norm",), "norm", "norms"))
+        """Projections; for the linear form also the factors by which depths fade."""
+        decay = Weight("decay", (self.kv_heads,), ("norm",), "norm", "norms")
+        return (*super().weights(model, merged), *((decay,) if self.form == "linear" else ()))
 
     def reaches(self, l: int, earlier: int) -> bool:
         """Whether depth `l` attends to depth `earlier`, if DA runs at both."""
@@ -75,8 +71,6 @@ class DepthAttentionConfig(Heads):
                 Saved("scores of earlier depths", scores, "float32", "none"),
                 Saved("scores of earlier depths, rounded", scores, "compute", "none"),
                 Saved("score of this depth", self.query_heads, "float32", "none"),
-                Saved("output in float32", out, "float32", "none"),
-                *saved_norm("output", out, self.query_heads),
             )
         if self.window or self.dilation > 1 or len(model.depths_of(self.name)) < model.depth:
             return (*heads, Saved("probabilities", scores, "float32", "none"))

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dreamer_jax.kernels.norm import rms_norm
@@ -49,7 +48,6 @@ class DepthAttention(Dimension):
         self.norm = table.make("norm")
         self.projections = Projections(config, config.da, table)
         self.decay: Any = table.make("decay") if "decay" in table else None
-        self.o_norm: Any = table.make("o_norm") if "o_norm" in table else None
 
     @jax.named_scope("da")
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Update:
@@ -112,12 +110,9 @@ class DepthAttention(Dimension):
             runs = jnp.isin(jnp.arange(context.depth), jnp.asarray(self.config.depths_of("da", context.depth)))
             earlier = runs & (jnp.arange(context.depth) < context.l)
             o = attend_faded_rows(q, own, context.memory, earlier)
-            return self._normed(o, q.dtype), own
+            return o.astype(q.dtype), own
         o, state = attend_state(q, own, context.memory)
-        return self._normed(o, q.dtype), state
-
-    def _normed(self, o: Float[Array, "B T N H"], dtype: DTypeLike) -> Float[Array, "B T N H"]:
-        return rms_norm(o, self.o_norm[...], self.config.norm_epsilon).astype(dtype)
+        return o.astype(q.dtype), state
 
 
 def attend_faded_rows(

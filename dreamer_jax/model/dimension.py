@@ -1,7 +1,7 @@
 """What an attention dimension is to the model: a module that turns a residual stream into an update of it.
 
-To add one, write its section in `dimensions/` (keys, weights, costs), a field of `ModelConfig`, and its module, a subclass
-of `Dimension`. The mixture, the depth loop, decoding, accounting and the exchange format then know it.
+To add one, write its section in `dimensions/` (keys, weights, costs), a field of `ModelConfig`, and its module: a
+subclass of `Dimension`. The mixture, the depth loop, decoding, accounting and the exchange format then know it.
 """
 
 from typing import Any, NamedTuple
