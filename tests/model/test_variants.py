@@ -66,9 +66,9 @@ def computed():
     for i, name in enumerate(MODELS):
         for remat in POLICIES if name == "DR everything, deeper" else [POLICIES[i % 4]]:
             kernels = "plain" if name.startswith("DR") and remat == "selective" else "native"
-            marks = [] if kernels == "plain" else [needs_compiler]
-            compute = Compute(remat=remat, kernels=kernels)
-            yield pytest.param((name, compute), marks=marks, id=f"{name} {kernels} {remat}")
+            compute, label = Compute(remat=remat, kernels=kernels), f"{name} {kernels} {remat}"
+            marks = [pytest.mark.xdist_group(label)] + ([] if kernels == "plain" else [needs_compiler])
+            yield pytest.param((name, compute), marks=marks, id=label)
 
 
 def weights_of(name):
