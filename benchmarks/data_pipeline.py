@@ -2,7 +2,7 @@
 
     python benchmarks/data_pipeline.py --config configs/tiny.py [--data.root ...]
 
-Prepares into an empty temporary cache, reads batches in one thread, and plans a million synthetic documents. Processor
+Prepares into an empty temporary folder, reads batches in one thread, and packs a million synthetic documents. Processor
 seconds are those of this process; they equal a core's wall-clock seconds where the machine is otherwise idle.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from dreamer_jax.config import Config, load
 from dreamer_jax.data.builder import Prepared, prepare
 from dreamer_jax.data.loader import batches
-from dreamer_jax.data.pack import make_plan, row_documents
+from dreamer_jax.data.pack import pack_documents, row_documents
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -52,10 +52,10 @@ def measure_reading(prepared: Prepared, config: Config, count: int) -> None:
 def measure_planning(documents: int, context: int) -> None:
     draws = np.random.default_rng(0).lognormal(5.2, 0.6, documents)
     lengths = np.clip(draws, 10, context).astype(np.int64)
-    plan, _, cpu = timed(lambda: make_plan(lengths, context))
-    print(f"packing {documents:,} documents: {cpu:.1f} processor seconds, {plan.fill:.1%} full at context {context}")
-    rows = range(7 * plan.rows, 7 * plan.rows + 1000)
-    _, _, cpu = timed(lambda: [row_documents(plan, row, 0) for row in rows])
+    packing, _, cpu = timed(lambda: pack_documents(lengths, context))
+    print(f"packing {documents:,} documents: {cpu:.1f} processor seconds, {packing.fill:.1%} full at context {context}")
+    rows = range(7 * packing.rows, 7 * packing.rows + 1000)
+    _, _, cpu = timed(lambda: [row_documents(packing, row, 0) for row in rows])
     print(f"documents of one row of epoch 7: {cpu * 1e3:.0f} us")
 
 
@@ -63,11 +63,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/tiny.py")
     parser.add_argument("--batches", type=int, default=200, help="batches to read")
-    parser.add_argument("--documents", type=int, default=1_000_000, help="synthetic documents to plan")
+    parser.add_argument("--documents", type=int, default=1_000_000, help="synthetic documents to pack")
     args, overrides = parser.parse_known_args()
     config = load(args.config, overrides)
-    with tempfile.TemporaryDirectory() as cache:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache))
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=folder))
         measure_reading(measure_preparation(config), config, args.batches)
     measure_planning(args.documents, config.data.context)
 

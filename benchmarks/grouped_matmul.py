@@ -39,7 +39,7 @@ def dense_swiglu(x, w_gate_up, w_down, sizes):
 
 def linear(x, w, ids, name):
     run = implementation(name)
-    return run.linear(x, jnp.ones(x.shape[0], jnp.float32), w, None, run.plan(ids, w.shape[0]))[0]
+    return run.linear(x, jnp.ones(x.shape[0], jnp.float32), w, None, run.order(ids, w.shape[0]))[0]
 
 
 def dense_linear(x, w, ids):

@@ -66,7 +66,7 @@ def train(config: Config, spec: dict[str, Any]) -> None:
 def decode(config: Config, spec: dict[str, Any]) -> None:
     """Read prompts, then decode a token of each row at every step, greedily; weights as initialised."""
     model, compute, memory = Dreamer(config.model, nnx.Rngs(0)), Compute.of(config), HostMemory()
-    decoder, sampling = engine.prepare(model, compute), Sampling(0.0, 1.0)
+    decoder, sampling = engine.make_decoder(model, compute), Sampling(0.0, 1.0)
     prompts = jnp.asarray(prompt_rows(spec))
     lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
     keys, rows = sequence_keys(0, len(prompts)), engine.rows_for(spec["longest"])

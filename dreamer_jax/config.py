@@ -33,7 +33,7 @@ class Source:
     """One set of documents: JSON-lines files under `data.root`, or reasoning-gym tasks, which need no files."""
 
     name: str
-    """Name of the set in reports and of its folder in the cache."""
+    """Name of the set in reports and of its folder among the prepared."""
     weight: float = 1.0
     """Share of the packed rows, hence of the tokens, relative to the other sources."""
     train: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class DataConfig:
     """The mixture."""
     root: str = ""
     """Folder of the raw files; may begin with ~ or name an environment variable ($DATA)."""
-    cache: str = "~/.cache/dreamer_jax"
+    prepared: str = "~/.cache/dreamer_jax"
     """Folder of prepared datasets and trained tokenizers, one sub-folder for each distinct preparation."""
     tokenizer: str = "train"
     """'train' (SentencePiece BPE on the training documents, model.vocab entries), or a path to a SentencePiece
@@ -295,6 +295,8 @@ def from_dict(cls: Any, values: dict[str, Any], where: str = "") -> Any:
         values = migrated(values)
     elif cls is KernelConfig:
         values = {key: value for key, value in values.items() if key not in ("attention", "grouped_matmul")}
+    elif cls is DataConfig and "cache" in values:
+        values = {"prepared": values["cache"], **{key: value for key, value in values.items() if key != "cache"}}
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         nearest = difflib.get_close_matches(key, known, n=1)

@@ -67,7 +67,7 @@ def run(arguments: Arguments) -> int:
     _warn_of_length(max(map(len, prompts)), arguments.max_tokens, loaded.config.data.context)
     answers = Answers(tokenizer, arguments.prompt, arguments.stop)
     compute = dataclasses.replace(Compute.of(loaded.config), remat="none")
-    decoder = engine.prepare(loaded.model, compute, depth=arguments.depth)
+    decoder = engine.make_decoder(loaded.model, compute, depth=arguments.depth)
     engine.complete(
         decoder, prompts, sampling, max_tokens=arguments.max_tokens, seed=arguments.seed, on_token=answers.add
     )

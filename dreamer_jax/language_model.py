@@ -90,7 +90,7 @@ class LanguageModel:
         as_text = isinstance(texts[0], str)
         rows = [self.tokens(text)[0] for text in texts] if as_text else self.tokens(prompts)  # type: ignore[arg-type]
         stop = () if self.tokenizer is None else (self.tokenizer.eos,)
-        decoder = engine.prepare(self.model, self.compute, depth=depth)
+        decoder = engine.make_decoder(self.model, self.compute, depth=depth)
         given = [row.tolist() for row in rows], Sampling(temperature, top_p)
         found = engine.complete(decoder, *given, max_tokens=max_tokens, seed=seed, stop_ids=stop)
         return [self._known_tokenizer().decode(row) for row in found] if as_text else found

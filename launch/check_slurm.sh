@@ -76,7 +76,7 @@ def get_config() -> Config:
         ),
         data=DataConfig(
             sources=(Source("sums", train=("train.jsonl",), validation=("validation.jsonl",)),),
-            root=str(FOLDER), cache=str(FOLDER / "cache"), context=48,
+            root=str(FOLDER), prepared=str(FOLDER / "prepared"), context=48,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         train=TrainConfig(steps=$steps, batch=32, dtype="float32", remat="none", validation_batches=1,

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One training run on Cloud TPU VMs: a queued resource is created and set up; the run resumes after preemption.
 #
-#     launch/tpu_vm.sh [--dry-run] train --config configs/dr_da_1b.py --out /shared/runs --data.cache /shared/cache
+#     launch/tpu_vm.sh [--dry-run] train --config configs/dr_da_1b.py --out /shared/runs --data.prepared /shared/prepared
 #     launch/tpu_vm.sh [--dry-run] create | setup | status | stop | delete
 #
 # train does all of it until the run has ended: it creates the TPU if there is none, waits for it, sets it up, starts
@@ -10,7 +10,7 @@
 # stop asks a running training to save and end. --dry-run prints the commands, as if everything succeeded. Needs
 # gcloud, with a project set.
 #
-# out and data.cache must lie on a file system that all workers share: NFS (Filestore), which is mounted on /shared.
+# out and data.prepared must lie on a file system that all workers share: NFS (Filestore), which is mounted on /shared.
 # Cloud Storage FUSE is none: other machines see a file only when it is closed.
 
 set -euo pipefail

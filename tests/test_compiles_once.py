@@ -63,7 +63,7 @@ def test_reading_prompts_and_decoding(monkeypatch):
     traced_once(monkeypatch, engine, "_first", static_argnames=("sampling", "rows"))
     traced_once(monkeypatch, engine, "_next", static_argnames=("sampling",), donate_argnames=("caches",))
     for seed, prompts in enumerate([[[1, 2, 3], [4]], [[5], [6, 7]], [[8, 9], [1, 2, 3, 4]]]):
-        decoder = engine.prepare(new_model(seed), COMPUTE)
+        decoder = engine.make_decoder(new_model(seed), COMPUTE)
         engine.complete(decoder, prompts, Sampling(), max_tokens=4 + seed, seed=seed)
     with pytest.raises(AssertionError, match="traced > 1 times"):
         engine.complete(decoder, [[1], [2], [3]], Sampling(), max_tokens=2)

@@ -1,13 +1,13 @@
-"""Preparation: raw documents to a cached folder with a tokenizer, TFDS datasets of token ids and their packing.
+"""Preparation: raw documents to a folder with a tokenizer, TFDS datasets of token ids and their packing.
 
 One folder per distinct preparation, named by a hash of all that shapes it. It appears by one rename when it is whole:
 a killed preparation leaves nothing that could be taken for a result, and of two at once the later adopts the earlier's.
 
-    <cache>/<key>/report.json                    what was done; the file sizes against which the folder is checked
-                  tokenizer.model | .json
-                  <source>/1.0.0/...             TFDS dataset, splits train and validation, ArrayRecord
-                  <source>/<split>.plan.npz      packing (see pack)
-                  <source>/unigrams.npy          [2, V] count of each id as a training target, in prompts and responses
+    <prepared>/<key>/report.json              what was done; the file sizes against which the folder is checked
+                     tokenizer.model | .json
+                     <source>/1.0.0/...       TFDS dataset, splits train and validation, ArrayRecord
+                     <source>/<split>.packing.npz  packing (see pack)
+                     <source>/unigrams.npy    [2, V] count of each id as a training target, in prompts and responses
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dreamer_jax.config import Config, Source
-from dreamer_jax.data.pack import make_plan, save_plan
+from dreamer_jax.data.pack import pack_documents, save_packing
 from dreamer_jax.data.sources import (
     DataError,
     Document,
@@ -44,7 +44,7 @@ from dreamer_jax.data.sources import (
 from dreamer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from dreamer_jax.distributed import becomes_visible
 
-VERSION = 1
+VERSION = 2
 """Raise when the same config and files would give other prepared data."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 EXAMPLES = 4
@@ -68,17 +68,17 @@ class Prepared:
 
 
 def prepare(config: Config, *, process_index: int = 0) -> Prepared:
-    """Build the prepared data of a config, or find it in the cache; prints a short report.
+    """Build the prepared data of a config, or find it; prints a short report.
 
     Args:
         config: `data` says what and how, `model.vocab` the size of a trained tokenizer.
         process_index: process 0 builds; any other opens what it has built, and is to be called after it.
 
     Raises:
-        DataError: raw files, rows, tokenizer or cache that cannot be used, with the cause and the fix.
+        DataError: raw files, rows, tokenizer or prepared data that cannot be used, with the cause and the fix.
     """
     _check(config)
-    directory = Path(config.data.cache).expanduser() / preparation_key(config)
+    directory = Path(config.data.prepared).expanduser() / preparation_key(config)
     if process_index:
         _wait_for(directory)
     if not directory.is_dir():
@@ -157,7 +157,7 @@ def _wait_for(directory: Path) -> None:
     """Return when the folder exists, which the rename makes the same as being whole."""
     if not becomes_visible(directory.is_dir):
         raise DataError(
-            f"process 0 has prepared the data, but '{directory}' is not there for this process: data.cache must be "
+            f"process 0 has prepared the data, but '{directory}' is not there for this process: data.prepared must be "
             f"on a file system that all processes share, and the raw files the same for all"
         )
 
@@ -303,14 +303,14 @@ def _write_source(
     for split, tally in tallies.items():
         if not tally.lengths:
             raise DataError(f"data source '{source.name}': no {split} document is left; skipped: {dict(skipped)}")
-        plan = make_plan(np.asarray(tally.lengths), config.data.context)
-        save_plan(plan, directory / source.name / f"{split}.plan.npz")
+        packing = pack_documents(np.asarray(tally.lengths), config.data.context)
+        save_packing(packing, directory / source.name / f"{split}.packing.npz")
         report[split] = {
             "documents": len(tally.lengths),
             "tokens": sum(tally.lengths),
             "tokens_per_document": sum(tally.lengths) / len(tally.lengths),
-            "rows": plan.rows,
-            "fill": plan.fill,
+            "rows": packing.rows,
+            "fill": packing.fill,
         }
     np.save(directory / source.name / "unigrams.npy", tallies["train"].targets)
     report["skipped"] = dict(skipped)

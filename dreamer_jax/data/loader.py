@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared
-from dreamer_jax.data.pack import load_plan, row_documents
+from dreamer_jax.data.pack import load_packing, row_documents
 from dreamer_jax.data.sources import DataError, Split
 
 ENDLESS = 2**48
@@ -29,19 +29,19 @@ class PackedRows:
     def __init__(self, prepared: Prepared, name: str, split: Split, context: int, seed: int | None):
         self._directory = prepared.directory
         self._name, self._split, self._context = name, split, context
-        self._plan = load_plan(prepared.directory / name / f"{split}.plan.npz")
+        self._packing = load_packing(prepared.directory / name / f"{split}.packing.npz")
         self._seed = None if seed is None else seed << 32 | zlib.crc32(name.encode())
         builder = tfds.builder_from_directory(prepared.directory / name / "1.0.0")
         self._documents = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
-        return self._plan.rows if self._seed is None else ENDLESS
+        return self._packing.rows if self._seed is None else ENDLESS
 
     def __repr__(self) -> str:
-        return f"PackedRows({self._name}, {self._split}, {self._plan.rows} rows)"
+        return f"PackedRows({self._name}, {self._split}, {self._packing.rows} rows)"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        wanted = row_documents(self._plan, int(index), self._seed)
+        wanted = row_documents(self._packing, int(index), self._seed)
         try:
             found = [self._documents[document] for document in wanted]
         except Exception as error:  # ArrayRecord and TFDS raise many kinds
@@ -130,7 +130,7 @@ def batches(
         Arrays [B, T], or [len(held), T].
 
     Raises:
-        DataError: a damaged cache.
+        DataError: damaged prepared data.
     """
     held = range(config.train.batch) if held is None else held
     stream = rows(prepared, config, split)

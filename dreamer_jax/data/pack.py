@@ -19,7 +19,7 @@ PACKING_SEED = 0
 """Order in which documents are offered to the packer. Fixed: a run's own seed enters through the permutations."""
 
 
-class Plan(NamedTuple):
+class Packing(NamedTuple):
     """N documents packed in R rows of at most T tokens. A document's rank is its place in the order by length."""
 
     documents: Int[np.ndarray, "N"]
@@ -75,7 +75,7 @@ def assign_rows(lengths: Sequence[int], size: int) -> list[int]:
     return assigned
 
 
-def make_plan(lengths: Int[np.ndarray, "N"], size: int) -> Plan:
+def pack_documents(lengths: Int[np.ndarray, "N"], size: int) -> Packing:
     """Pack documents of the given lengths (1 to `size` tokens) in rows of `size` tokens."""
     order = np.random.default_rng(PACKING_SEED).permutation(len(lengths))
     row_of = np.asarray(assign_rows(lengths[order].tolist(), size), np.int64)
@@ -85,30 +85,30 @@ def make_plan(lengths: Int[np.ndarray, "N"], size: int) -> Plan:
     slots = rank_of[order[np.argsort(row_of, kind="stable")]]
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
     first_ranks = np.concatenate([[0], np.cumsum(np.bincount(lengths, minlength=size + 1))])
-    return Plan(documents, first_ranks, slots, starts)
+    return Packing(documents, first_ranks, slots, starts)
 
 
-def row_documents(plan: Plan, index: int, seed: int | None) -> list[int]:
+def row_documents(packing: Packing, index: int, seed: int | None) -> list[int]:
     """Documents of row `index` of the endless stream; `seed` None leaves everything in its packed place.
 
     Args:
-        plan: the packing of one source.
-        index: row, from 0; an epoch is `plan.rows` rows.
+        packing: the packing of one source.
+        index: row, from 0; an epoch is `packing.rows` rows.
         seed: what the order depends on, besides the epoch.
     """
-    epoch, row = divmod(index, plan.rows)
+    epoch, row = divmod(index, packing.rows)
     if seed is not None:
-        row = permute(row, plan.rows, seed, epoch, 0)
-    ranks = plan.slots[plan.starts[row] : plan.starts[row + 1]].tolist()
+        row = permute(row, packing.rows, seed, epoch, 0)
+    ranks = packing.slots[packing.starts[row] : packing.starts[row + 1]].tolist()
     if seed is not None:
-        ranks = [_deal(plan, rank, seed, epoch) for rank in ranks]
-    return plan.documents[ranks].tolist()
+        ranks = [_deal(packing, rank, seed, epoch) for rank in ranks]
+    return packing.documents[ranks].tolist()
 
 
-def _deal(plan: Plan, rank: int, seed: int, epoch: int) -> int:
+def _deal(packing: Packing, rank: int, seed: int, epoch: int) -> int:
     """The rank whose document takes the place of `rank` in this epoch: one of the same length."""
-    length = int(np.searchsorted(plan.lengths, rank, side="right")) - 1
-    first, end = int(plan.lengths[length]), int(plan.lengths[length + 1])
+    length = int(np.searchsorted(packing.lengths, rank, side="right")) - 1
+    first, end = int(packing.lengths[length]), int(packing.lengths[length + 1])
     return first + permute(rank - first, end - first, seed, epoch, length)
 
 
@@ -144,12 +144,12 @@ def _mix(value: int) -> int:
     return value >> 32
 
 
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write a plan as `.npz`."""
-    np.savez(path, **plan._asdict())
+def save_packing(packing: Packing, path: Path) -> None:
+    """Write a packing as `.npz`."""
+    np.savez(path, **packing._asdict())
 
 
-def load_plan(path: Path) -> Plan:
-    """Read what `save_plan` wrote."""
+def load_packing(path: Path) -> Packing:
+    """Read what `save_packing` wrote."""
     with np.load(path) as arrays:
-        return Plan(**{name: arrays[name] for name in Plan._fields})
+        return Packing(**{name: arrays[name] for name in Packing._fields})

@@ -244,7 +244,7 @@ def saved_norm(name: str, numbers: int, heads: int = 1, kernels: tuple[KernelKin
 
 
 def saved_router(model: Shape, active: int) -> tuple[Saved, ...]:
-    """Of a router that selects `active` experts, and of the plan that sorts tokens by them."""
+    """Of a router that selects `active` experts, and of the order that sorts tokens by them."""
     size = model.router.size
     return (
         Saved("router, query", size, "float32", "products"),

@@ -1,4 +1,4 @@
-"""Generation: prepare the weights once, read the prompts in one pass, then decode a token a step for each of them."""
+"""Generation: make the weights ready once, read the prompts in one pass, then decode a token a step for each."""
 
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
 from dreamer_jax.kernels.compute import Compute
-from dreamer_jax.model.dreamer import Dreamer, checked_depth, prepared
+from dreamer_jax.model.dreamer import Dreamer, checked_depth, made_ready
 from dreamer_jax.model.mixture import Memories
 
 OnToken = Callable[[int, int], bool | None]
@@ -41,7 +41,18 @@ class Decoder:
         return nnx.merge(self.graph, self.state)
 
 
-def prepare(model: Dreamer, compute: Compute, *, depth: int | None = None) -> Decoder:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Caches:
+    """What is remembered of some sequences."""
+
+    memories: Memories
+    """By dimension."""
+    rows: int = field(metadata={"static": True})
+    """Tokens that a sequence may have."""
+
+
+def make_decoder(model: Dreamer, compute: Compute, *, depth: int | None = None) -> Decoder:
     """Merge, cast and pad the weights: once, not for every token. `depth`: how many depths run.
 
     Raises:
@@ -51,7 +62,7 @@ def prepare(model: Dreamer, compute: Compute, *, depth: int | None = None) -> De
     graph, state = nnx.split(model)
 
     def ready(state: nnx.State) -> tuple[Any, nnx.State]:
-        model = prepared(nnx.merge(graph, state).merged(), compute)
+        model = made_ready(nnx.merge(graph, state).merged(), compute)
         model.embed.set_value(model.embed[...].astype(compute.dtype))
         return nnx.split(model)
 
@@ -72,8 +83,8 @@ def generate(
     on_token: OnToken | None = None,
     depth: int | None = None,
 ) -> list[list[int]]:
-    """The continuations of one batch of prompts, as `complete` gives them; for more batches `prepare` once."""
-    sampling, decoder = Sampling(temperature, top_p), prepare(model, compute, depth=depth)
+    """The continuations of one batch of prompts, as `complete` gives them; for more batches `make_decoder` once."""
+    sampling, decoder = Sampling(temperature, top_p), make_decoder(model, compute, depth=depth)
     return complete(decoder, prompts, sampling, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids, on_token=on_token)
 
 
@@ -167,7 +178,7 @@ def _first(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"],
-) -> tuple[Memories, Int[Array, "B"]]:
+) -> tuple[Caches, Int[Array, "B"]]:
     caches = empty_caches(decoder, tokens.shape[0], rows)
     logits, caches = read_prompts(decoder, caches, tokens, lengths)
     return caches, choose(logits, keys, lengths, sampling)
@@ -177,24 +188,30 @@ def _first(
 def _next(
     decoder: Decoder,
     sampling: Sampling,
-    caches: Memories,
+    caches: Caches,
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
     keys: Key[Array, "B"],
-) -> tuple[Memories, Int[Array, "B"]]:
+) -> tuple[Caches, Int[Array, "B"]]:
     logits, caches = read_tokens(decoder, caches, tokens, positions)
     return caches, choose(logits, keys, positions + 1, sampling)
 
 
-def empty_caches(decoder: Decoder, batch: int, rows: int) -> Memories:
-    """What is remembered of `batch` sequences of at most `rows` tokens, by dimension."""
-    return decoder.model.empty_caches(decoder.depth, batch, rows, decoder.compute.dtype)
+def empty_caches(decoder: Decoder, batch: int, rows: int) -> Caches:
+    """Nothing remembered yet of `batch` sequences of at most `rows` tokens."""
+    return Caches(decoder.model.empty_caches(decoder.depth, batch, rows, decoder.compute.dtype), rows)
 
 
 def read_prompts(
-    decoder: Decoder, caches: Memories, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], Memories]:
-    """The logits after each prompt's last token, and the caches with the prompts in their first T rows."""
+    decoder: Decoder, caches: Caches, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], Caches]:
+    """The logits after each prompt's last token, and the caches with the prompts in their first T rows.
+
+    Raises:
+        GenerationError: the caches have fewer than T rows.
+    """
+    if tokens.shape[1] > caches.rows:
+        raise GenerationError(f"prompts of {tokens.shape[1]} tokens do not fit caches of {caches.rows} rows")
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     hidden, caches = _read(decoder, caches, tokens, positions, segment_ids)
@@ -203,24 +220,25 @@ def read_prompts(
 
 
 def read_tokens(
-    decoder: Decoder, caches: Memories, tokens: Int[Array, "B"], positions: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], Memories]:
+    decoder: Decoder, caches: Caches, tokens: Int[Array, "B"], positions: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], Caches]:
     """The logits after one more token of each sequence, which stands at its position, and the caches with it.
 
-    Every position must lie in the caches' rows.
+    The logits of a sequence whose position lies past the caches' rows are NaN.
     """
     segment_ids = jnp.ones_like(tokens)[:, None]
     hidden, caches = _read(decoder, caches, tokens[:, None], positions[:, None], segment_ids)
-    return decoder.model.logits(hidden, decoder.compute)[:, 0], caches
+    logits = decoder.model.logits(hidden, decoder.compute)[:, 0]
+    return jnp.where((positions < caches.rows)[:, None], logits, jnp.nan), caches
 
 
 def _read(
     decoder: Decoder,
-    caches: Memories,
+    caches: Caches,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], Memories]:
-    at = decoder.compute, decoder.depth
-    passed = decoder.model.forward(tokens, positions, segment_ids, at[0], depth=at[1], caches=caches)
-    return passed.hidden, passed.caches
+) -> tuple[Float[Array, "B T D"], Caches]:
+    forward = functools.partial(decoder.model.forward, depth=decoder.depth, caches=caches.memories)
+    passed = forward(tokens, positions, segment_ids, decoder.compute)
+    return passed.hidden, Caches(passed.caches, caches.rows)

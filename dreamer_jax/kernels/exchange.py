@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dreamer_jax.kernels.interface import Implementation, Plan
-from dreamer_jax.kernels.rows import plan, sort, unsort
+from dreamer_jax.kernels.interface import ExpertOrder, Implementation
+from dreamer_jax.kernels.rows import order, sort, unsort
 from dreamer_jax.sharding import axes_of
 
 Transport = Literal["all_to_all", "ragged_all_to_all"]
@@ -146,13 +146,13 @@ def _in_rounds(routes: _Routes, capacity: int, step: Callable[[Any, Any], Any], 
     return lax.fori_loop(1, needed, step, step(0, init))
 
 
-def _arrivals(routes: _Routes, i: Any, capacity: int) -> Plan:
+def _arrivals(routes: _Routes, i: Any, capacity: int) -> ExpertOrder:
     """The order by expert of what arrives in round i; rows of no expert come last."""
     ends = jnp.cumsum(routes.incoming, axis=1)
     at = i * capacity + jnp.arange(capacity, dtype=ends.dtype)
     # Each device's rows come sorted by expert; past its last row, `side="right"` gives the number of experts.
     expert = jax.vmap(lambda ends: jnp.searchsorted(ends, at, side="right"))(ends)
-    return plan(expert.reshape(-1, 1), routes.incoming.shape[1] + 1)
+    return order(expert.reshape(-1, 1), routes.incoming.shape[1] + 1)
 
 
 def _in_round(total: Int[Array, "P"], i: Any, capacity: int) -> Int[Array, "P"]:

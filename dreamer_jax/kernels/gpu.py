@@ -108,7 +108,7 @@ GPU = Implementation(
     norm_and_rotate=heads.norm_and_rotate,
     fused_heads=heads.fused_heads,
     route=partial(routing.route, best=routing.best_by_passes),
-    plan=rows.plan,
+    order=rows.order,
     linear=partial(products.linear, _product),
     swiglu=partial(products.swiglu, _product),
     sorted_swiglu=partial(products.sorted_swiglu, _product),

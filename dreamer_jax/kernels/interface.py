@@ -23,7 +23,7 @@ class Rotation(NamedTuple):
     sin: Float[Array, "*batch half"]
 
 
-class Plan(NamedTuple):
+class ExpertOrder(NamedTuple):
     """The order in which the tokens' choices of experts are processed: sorted by expert, ties in token order."""
 
     order: Int[Array, "R"]
@@ -59,7 +59,7 @@ class Implementation:
     norm_and_rotate: Callable[..., Array]
     fused_heads: Callable[..., tuple[Array, Array, Array]]
     route: Callable[..., Routed]
-    plan: Callable[..., Plan]
+    order: Callable[..., ExpertOrder]
     linear: Callable[..., tuple[Array, Array]]
     swiglu: Callable[..., tuple[Array, Array, Array]]
     sorted_swiglu: Callable[..., Array]
@@ -132,9 +132,9 @@ class Kernels:
         """
         return self.run.route(query, keys, bias, counted, active)
 
-    def plan(self, ids: Int[Array, "tokens A"], experts: int) -> Plan:
+    def order(self, ids: Int[Array, "tokens A"], experts: int) -> ExpertOrder:
         """Sort the tokens' choices of `experts` experts, stably."""
-        return self.run.plan(ids, experts)
+        return self.run.order(ids, experts)
 
     def linear(
         self,
@@ -142,14 +142,14 @@ class Kernels:
         scores: Float[Array, "tokens"],
         w: Float[Array, "E I O"],
         shared: Float[Array, "I O"] | None,
-        plan: Plan,
+        order: ExpertOrder,
     ) -> Float[Array, "tokens O"]:
         """One linear expert for each token, weighted: score * (x W).
 
         With `shared`, W is W_e + W_shared and the score's gradient that of Eq. 7, which leaves W_shared out; `shared`
         itself then gets no gradient, because that of the sum is all of it.
         """
-        y, handed_on = self.run.linear(x, scores, w, shared, plan)
+        y, handed_on = self.run.linear(x, scores, w, shared, order)
         self.handed_on.replace(w, handed_on)
         return y
 
@@ -159,14 +159,14 @@ class Kernels:
         scores: Float[Array, "tokens A"],
         w_gate_up: Float[Array, "E D G"],
         w_down: Float[Array, "E F D"],
-        plan: Plan,
+        order: ExpertOrder,
     ) -> Float[Array, "tokens D"]:
         """Send every token through the SwiGLUs of its A experts, weighted, and add up.
 
         w_gate_up is [E, D, 2F]: the gate's F columns, then those of up. The score multiplies the inner activation, so
         that no gradient needs the result: (score * silu(x W_gate) * (x W_up)) W_down.
         """
-        y, gate_up, down = self.run.swiglu(x, scores, w_gate_up, w_down, plan)
+        y, gate_up, down = self.run.swiglu(x, scores, w_gate_up, w_down, order)
         self.handed_on.replace(w_gate_up, gate_up)
         self.handed_on.replace(w_down, down)
         return y

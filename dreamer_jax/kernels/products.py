@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dreamer_jax.kernels.interface import Plan
+from dreamer_jax.kernels.interface import ExpertOrder
 from dreamer_jax.kernels.plain.experts import gated
 from dreamer_jax.kernels.plain.linear import routed_linear
 from dreamer_jax.kernels.rows import routed_swiglu
@@ -29,17 +29,17 @@ Library = Callable[[Product, Array, Array, Array], Array]
 
 
 def linear(
-    library: Library, x: Array, scores: Array, w: Array, shared: Array | None, plan: Plan
+    library: Library, x: Array, scores: Array, w: Array, shared: Array | None, order: ExpertOrder
 ) -> tuple[Array, Array]:
     """`Kernels.linear`."""
-    return routed_linear(partial(grouped_matmul, library), x, scores, w, shared, plan)
+    return routed_linear(partial(grouped_matmul, library), x, scores, w, shared, order)
 
 
 def swiglu(
-    library: Library, x: Array, scores: Array, w_gate_up: Array, w_down: Array, plan: Plan
+    library: Library, x: Array, scores: Array, w_gate_up: Array, w_down: Array, order: ExpertOrder
 ) -> tuple[Array, Array, Array]:
     """`Kernels.swiglu`."""
-    return routed_swiglu(partial(sorted_swiglu, library, all_owned=True), x, scores, w_gate_up, w_down, plan)
+    return routed_swiglu(partial(sorted_swiglu, library, all_owned=True), x, scores, w_gate_up, w_down, order)
 
 
 @jax.named_scope("experts")

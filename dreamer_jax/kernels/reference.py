@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.kernels.documents import causal_mask
-from dreamer_jax.kernels.interface import Implementation, Plan, Rotation, Routed
+from dreamer_jax.kernels.interface import ExpertOrder, Implementation, Rotation, Routed
 from dreamer_jax.sharding import vary_together
 
 
@@ -46,12 +46,12 @@ def route(query: Array, keys: Array, bias: Array, counted: Array, active: int) -
     return Routed(ids, jnp.take_along_axis(scores, ids, axis=1), counts, jnp.sum(jax.scipy.special.entr(p), axis=1))
 
 
-def plan(ids: Array, experts: int) -> Plan:
-    """`Kernels.plan`."""
+def order(ids: Array, experts: int) -> ExpertOrder:
+    """`Kernels.order`."""
     flat = ids.reshape(-1)
     order = _argsort(flat)
     sizes = jax.nn.one_hot(flat, experts, dtype=jnp.int32).sum(axis=0)
-    return Plan(order, _argsort(order), sizes)
+    return ExpertOrder(order, _argsort(order), sizes)
 
 
 def _argsort(values: Array) -> Array:
@@ -59,19 +59,19 @@ def _argsort(values: Array) -> Array:
     return vary_together(jnp.argsort(values, axis=-1, stable=True).astype(jnp.int32), values)[0]
 
 
-def linear(x: Array, scores: Array, w: Array, shared: Array | None, plan: Plan) -> tuple[Array, Array]:
+def linear(x: Array, scores: Array, w: Array, shared: Array | None, order: ExpertOrder) -> tuple[Array, Array]:
     """`Kernels.linear`: Eq. 7, in which the score multiplies x W_e, and a copy without gradient x W_shared."""
     rows, matrices = x.astype(jnp.float32), w.astype(jnp.float32)
     common = jnp.zeros_like(matrices[0]) if shared is None else lax.stop_gradient(shared.astype(jnp.float32))
-    chosen = _experts(plan.sizes, x.shape[0])[plan.inverse]
+    chosen = _experts(order.sizes, x.shape[0])[order.inverse]
     own = _sum_of_chosen(chosen, jnp.einsum("ti,eio->teo", rows, matrices - common[None], precision="highest"))
     y = scores[:, None] * own + lax.stop_gradient(scores)[:, None] * jnp.matmul(rows, common, precision="highest")
     return y.astype(x.dtype), w
 
 
-def swiglu(x: Array, scores: Array, w_gate_up: Array, w_down: Array, plan: Plan) -> tuple[Array, Array, Array]:
+def swiglu(x: Array, scores: Array, w_gate_up: Array, w_down: Array, order: ExpertOrder) -> tuple[Array, Array, Array]:
     """`Kernels.swiglu`: the sum over a token's choices of each one's score times its expert's result."""
-    chosen = _experts(plan.sizes, scores.size)[plan.inverse].reshape(*scores.shape, -1)
+    chosen = _experts(order.sizes, scores.size)[order.inverse].reshape(*scores.shape, -1)
     weights = jnp.einsum("ta,tae->te", scores, chosen.astype(jnp.float32))
     y = jnp.einsum("te,ted->td", weights, _of_every_expert(x, w_gate_up, w_down), precision="highest")
     return y.astype(x.dtype), w_gate_up, w_down
@@ -151,7 +151,7 @@ REFERENCE = Implementation(
     norm_and_rotate=norm_and_rotate,
     fused_heads=fused_heads,
     route=route,
-    plan=plan,
+    order=order,
     linear=linear,
     swiglu=swiglu,
     sorted_swiglu=sorted_swiglu,

@@ -1,6 +1,6 @@
 """Rows sorted by expert: how tokens get into that order and back.
 
-    p = plan(ids, experts)                  # sort the tokens' choices by expert
+    p = order(ids, experts)                 # sort the tokens' choices by expert
     rows = dispatch(x, p, active)           # [tokens, D] -> [R, D], R = tokens * A
     ...                                     # experts multiply their rows
     y = collect(rows, p, active)            # [R, D] -> [tokens, D], the sum of each token's rows
@@ -17,29 +17,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dreamer_jax.kernels.interface import Plan
+from dreamer_jax.kernels.interface import ExpertOrder
 
 
 @jax.named_scope("dispatch")
-def plan(ids: Int[Array, "tokens A"], experts: int) -> Plan:
+def order(ids: Int[Array, "tokens A"], experts: int) -> ExpertOrder:
     """Sort the tokens' choices of experts, which lie in [0, experts), stably."""
     flat = ids.reshape(-1).astype(jnp.int32)
     choices = jnp.zeros_like(flat) + jnp.arange(flat.size, dtype=jnp.int32)
     ranked, order = lax.sort((flat, choices), num_keys=1, is_stable=True)
     inverse = jnp.zeros_like(order).at[order].set(choices, unique_indices=True, mode="promise_in_bounds")
     ends = jnp.searchsorted(ranked, jnp.arange(experts, dtype=jnp.int32), side="right").astype(jnp.int32)
-    return Plan(order, inverse, jnp.diff(ends, prepend=jnp.zeros_like(ends[:1])))
+    return ExpertOrder(order, inverse, jnp.diff(ends, prepend=jnp.zeros_like(ends[:1])))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(x: Float[Array, "tokens D"], p: Plan, active: int) -> Float[Array, "R D"]:
+def dispatch(x: Float[Array, "tokens D"], p: ExpertOrder, active: int) -> Float[Array, "R D"]:
     """Copy each token to the rows of the experts it chose. `active` is A; its gradient is `collect`."""
     with jax.named_scope("dispatch"):
         return _take(x, p.order // active)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def collect(y: Float[Array, "R D"], p: Plan, active: int) -> Float[Array, "tokens D"]:
+def collect(y: Float[Array, "R D"], p: ExpertOrder, active: int) -> Float[Array, "tokens D"]:
     """Add up each token's A rows, in float32, rounded once to the dtype of `y`; its gradient is `dispatch`."""
     with jax.named_scope("combine"):
         choices = _take(y, p.inverse).reshape(-1, active, y.shape[-1])
@@ -51,14 +51,14 @@ collect.defvjp(lambda y, p, active: (collect(y, p, active), p), lambda active, p
 
 
 @jax.custom_vjp
-def sort(choices: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
+def sort(choices: Float[Array, "R D"], p: ExpertOrder) -> Float[Array, "R D"]:
     """Bring one row for each choice, in token order, into sorted order."""
     with jax.named_scope("dispatch"):
         return _take(choices, p.order)
 
 
 @jax.custom_vjp
-def unsort(y: Float[Array, "R D"], p: Plan) -> Float[Array, "R D"]:
+def unsort(y: Float[Array, "R D"], p: ExpertOrder) -> Float[Array, "R D"]:
     """Bring the rows back to the order of the choices, which for A = 1 is that of the tokens."""
     with jax.named_scope("combine"):
         return _take(y, p.inverse)
@@ -78,7 +78,7 @@ def routed_swiglu(
     scores: Float[Array, "tokens A"],
     w_gate_up: Float[Array, "E D G"],
     w_down: Float[Array, "E F D"],
-    p: Plan,
+    p: ExpertOrder,
 ) -> tuple[Float[Array, "tokens D"], Float[Array, "E D G"], Float[Array, "E F D"]]:
     """`swiglu` of the interface by way of its `sorted_swiglu`: dispatch, experts, collect."""
     active, scores = scores.shape[1], sort(scores.reshape(-1, 1), p)

@@ -69,7 +69,7 @@ class DepthAttention(Dimension):
         routing = selection.routing if selection else None
         return Update(projections.out(o, selection, kernels), kept, routing, attention)
 
-    def prepare(self, kernels: object) -> None:
+    def make_ready(self, kernels: object) -> None:
         """Eq. 8, for the gradient of Eq. 7."""
         self.projections.add_shared()
 

@@ -28,7 +28,7 @@ class Context(NamedTuple):
     segment_ids: Int[Array, "B T"]
     """The document of each token of a packed row; 0 is padding."""
     positions: Int[Array, "B T"]
-    prepared: Any
+    precomputed: Any
     """What this dimension made of the positions before the depth loop."""
     memory: Any
     """What this dimension remembers: None, or as `Dimension` says."""
@@ -55,7 +55,7 @@ class Update(NamedTuple):
 
 
 class Dimension(nnx.Module):
-    """The base of all dimensions: no memory, nothing to prepare.
+    """The base of all dimensions: no memory, nothing to make ready.
 
     A memory is one of three. Rows: each depth appends one, later depths read them, and they are gone after the forward
     pass (`row`). A state: carried from depth to depth in generation, where it may stand for the rows (`state`). A
@@ -66,7 +66,7 @@ class Dimension(nnx.Module):
         """The update at depth `context.l`, from the residual stream before its pre-norm."""
         raise NotImplementedError
 
-    def prepare(self, kernels: Implementation) -> None:
+    def make_ready(self, kernels: Implementation) -> None:
         """Bring the weights, in place, into the form that the depth loop uses."""
 
     def merge(self) -> None:

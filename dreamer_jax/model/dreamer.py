@@ -103,7 +103,7 @@ class Dreamer(nnx.Module):
         Raises:
             ConfigError: a depth that this model cannot run at.
         """
-        return prepared(self, compute).forward(tokens, positions, segment_ids, compute, depth=depth, capture=capture)
+        return made_ready(self, compute).forward(tokens, positions, segment_ids, compute, depth=depth, capture=capture)
 
     def forward(
         self,
@@ -116,7 +116,7 @@ class Dreamer(nnx.Module):
         caches: Memories | None = None,
         capture: bool = False,
     ) -> Forward:
-        """As a call, of a model whose weights are `prepared`: once per step, however many forward passes it has.
+        """As a call, of a model whose weights are `made_ready`: once per step, however many forward passes it has.
 
         With `caches` (of `empty_caches`) the tokens continue sequences: either prompts from position 0 on, padded at
         the end, or one token of each sequence, at its position.
@@ -173,11 +173,11 @@ class Dreamer(nnx.Module):
         return model
 
 
-def prepared(model: Dreamer, compute: Compute) -> Dreamer:
+def made_ready(model: Dreamer, compute: Compute) -> Dreamer:
     """The model as the depth loop uses it: Eq. 8's sum, the kernels' padding, matrices in the compute dtype."""
     model = nnx.clone(model)
     embed = model.embed[...]
-    model.layer.prepare(compute.implementation)
+    model.layer.make_ready(compute.implementation)
     graph, params, biases = taken_apart(model)
     model = nnx.merge(graph, cast_matrices(params, compute.dtype), biases)
     # Looked up, not multiplied: in float32, in which its gradient adds up many tokens.
@@ -204,7 +204,7 @@ def checked_depth(config: ModelConfig, depth: int | None) -> int:
 
 
 def depth_weights(model: Dreamer) -> tuple[Any, dict[str, Any], dict[str, Any], nnx.State]:
-    """A prepared layer taken apart: (graph, weights shared by depths, weights stacked over depths, router biases).
+    """A ready layer taken apart: (graph, weights shared by depths, weights stacked over depths, router biases).
 
     The residual norm of DR belongs to every depth, so it travels with the shared weights.
     """

@@ -38,17 +38,22 @@ class ExpertAttention(Dimension):
         at = context.l, context.depth, kernels
         routing = self.router(rows, counted, ea.active_experts, *at, with_logits=context.inspecting)
         weights = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
-        plan = checkpoint_name(kernels.plan(routing.ids, ea.experts), "routing")
+        order = checkpoint_name(kernels.order(routing.ids, ea.experts), "routing")
         experts = self.w_gate_up[...], self.w_down[...]
         if context.exchange is None:
-            y = kernels.swiglu(rows, weights, *experts, plan)
+            y = kernels.swiglu(rows, weights, *experts, order)
         else:
-            inputs = dispatch(rows, plan, ea.active_experts), sort(weights.reshape(-1, 1), plan), *experts, plan.sizes
+            inputs = (
+                dispatch(rows, order, ea.active_experts),
+                sort(weights.reshape(-1, 1), order),
+                *experts,
+                order.sizes,
+            )
             y = exchanged_swiglu(*inputs, exchange=context.exchange, kernels=kernels.run)
-            y = collect(y, plan, ea.active_experts)
+            y = collect(y, order, ea.active_experts)
         return Update(y.reshape(x.shape), routing=routing._replace(scores=weights))
 
-    def prepare(self, kernels: Implementation) -> None:
+    def make_ready(self, kernels: Implementation) -> None:
         """Widen the experts with zeros to what the kernels want."""
         wider = pad_experts(kernels, self.w_gate_up[...], self.w_down[...])
         for weight, value in zip((self.w_gate_up, self.w_down), wider, strict=True):

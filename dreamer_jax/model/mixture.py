@@ -47,16 +47,16 @@ class Layer(nnx.Module):
         """The dimensions by name."""
         return {name: getattr(self, name) for name in self.config.dimensions}
 
-    def prepare(self, kernels: Implementation) -> None:
+    def make_ready(self, kernels: Implementation) -> None:
         """Bring the weights, in place, into the form that the depth loop uses (Eq. 8, kernel padding)."""
         for dimension in self.dimensions.values():
-            dimension.prepare(kernels)
+            dimension.make_ready(kernels)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         context: Context,
-        prepared: dict[str, Any],
+        precomputed: dict[str, Any],
         rows: Memories,
         carried: Memories,
     ) -> LayerOutput:
@@ -71,7 +71,7 @@ class Layer(nnx.Module):
             for member in group:
                 name = member.name
                 memory = rows.get(name, carried.get(name))
-                own = context._replace(prepared=prepared[name], memory=memory)
+                own = context._replace(precomputed=precomputed[name], memory=memory)
                 update = self._update(member, given, own, carried.get(name))
                 if name in rows:
                     new_rows[name] = update.kept

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dreamer_jax.dimensions.heads import Heads
-from dreamer_jax.kernels.interface import Kernels, Plan, Rotation
+from dreamer_jax.kernels.interface import ExpertOrder, Kernels, Rotation
 from dreamer_jax.model.dimension import Context
 from dreamer_jax.model.parameters import WeightTable
 from dreamer_jax.model.router import Router, Routing
@@ -20,7 +20,7 @@ class Selection(NamedTuple):
     """The expert of each token, for both projections of one attention (their scores are tied, 3.7)."""
 
     routing: Routing
-    plan: Plan
+    order: ExpertOrder
 
 
 class Projections(nnx.Module):
@@ -60,8 +60,8 @@ class Projections(nnx.Module):
         rows, counted = x.reshape(-1, x.shape[-1]), context.counted.reshape(-1)
         l, depth, kernels = context.l, context.depth, context.kernels
         routing = self.router(rows, counted, 1, l, depth, kernels, with_logits=context.inspecting)
-        plan = kernels.plan(routing.ids, self.router.bias.shape[-1])
-        return Selection(routing, checkpoint_name(plan, "routing"))
+        order = kernels.order(routing.ids, self.router.bias.shape[-1])
+        return Selection(routing, checkpoint_name(order, "routing"))
 
     def qkv(
         self, x: Float[Array, "B T D"], rotation: Rotation, selection: Selection | None, kernels: Kernels
@@ -86,4 +86,4 @@ def _project(
     if selection is None:
         return checkpoint_name(x @ w[...], "products")
     common = None if shared is None else shared[...]
-    return kernels.linear(x, selection.routing.scores[:, 0], w[...], common, selection.plan)
+    return kernels.linear(x, selection.routing.scores[:, 0], w[...], common, selection.order)

@@ -43,7 +43,7 @@ class SequenceAttention(Dimension):
         projections, kernels = self.projections, context.kernels
         x = rms_norm(x, self.norm[...], self.config.norm_epsilon)
         selection = projections.select(x, context)
-        q, k, v = projections.qkv(x, context.prepared, selection, kernels)
+        q, k, v = projections.qkv(x, context.precomputed, selection, kernels)
         cache = context.memory
         with jax.named_scope("scores"):
             if cache is not None and x.shape[1] == 1:
@@ -55,7 +55,7 @@ class SequenceAttention(Dimension):
                 cache = cache if cache is None else write_prompts(cache, context.l, k, v)
         return Update(projections.out(o, selection, kernels), cache, selection.routing if selection else None)
 
-    def prepare(self, kernels: object) -> None:
+    def make_ready(self, kernels: object) -> None:
         """Eq. 8, for the gradient of Eq. 7."""
         self.projections.add_shared()
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
-from dreamer_jax.model.dreamer import Dreamer, Figures, prepared
+from dreamer_jax.model.dreamer import Dreamer, Figures, made_ready
 from dreamer_jax.model.parameters import Matrix, taken_apart
 from dreamer_jax.sharding import AXES, at_work, moves, spec_of, tree_shardings, tree_specs, varying
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
@@ -180,7 +180,7 @@ def working_weights(graph: Any, compute: Compute, biases: nnx.State, params: nnx
     Prepared (Eq. 8, padding, cast) before they are gathered, so that what travels is small and every device prepares
     its own part only.
     """
-    _, ready, _ = taken_apart(prepared(nnx.merge(graph, params, biases), compute))
+    _, ready, _ = taken_apart(made_ready(nnx.merge(graph, params, biases), compute))
 
     def arrive(variable: nnx.Variable) -> nnx.Variable:
         value, axes = variable[...], variable.get_metadata()["axes"]

@@ -37,7 +37,7 @@ from dreamer_jax.kernels import products
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.plain.implementation import PLAIN
 from dreamer_jax.model import recurrence
-from dreamer_jax.model.dreamer import Dreamer, prepared
+from dreamer_jax.model.dreamer import Dreamer, made_ready
 from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.ahead_of_time import abstract_batch
@@ -130,7 +130,7 @@ def kept_by_jax(monkeypatch: pytest.MonkeyPatch, model: ModelConfig, compute: Co
         return vjp
 
     def gradients() -> object:
-        graph, params, biases = taken_apart(prepared(Dreamer(model, nnx.Rngs(0)), compute))
+        graph, params, biases = taken_apart(made_ready(Dreamer(model, nnx.Rngs(0)), compute))
 
         def hidden(params: object) -> object:
             return nnx.merge(graph, params, biases).forward(tokens, tokens, tokens + 1, compute).hidden

@@ -46,11 +46,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         Source("sums", weight=3.0, train=("sums/train.jsonl",), validation=("sums/test.jsonl",)),
         Source("stories", train=("stories.jsonl",), prompt_field="problem", response_field="solution"),
     )
-    cache = str(tmp_path_factory.mktemp("cache"))
+    prepared = str(tmp_path_factory.mktemp("prepared"))
     return Config(
         name="test",
         model=ModelConfig(vocab=420),
-        data=DataConfig(sources=sources, root=str(root), cache=cache, context=128, prefetch=2),
+        data=DataConfig(sources=sources, root=str(root), prepared=prepared, context=128, prefetch=2),
         train=TrainConfig(batch=8, validation_batches=2, seed=5),
     )
 
@@ -72,7 +72,7 @@ def one_source(tmp_path: Path) -> Callable[..., Config]:
         else:
             write_jsonl(root / "train.jsonl", content)
         source = Source("sums", train=("train.jsonl",), validation=("test.jsonl",))
-        base = DataConfig(sources=(source,), root=str(root), cache=str(tmp_path / "cache"), context=128)
+        base = DataConfig(sources=(source,), root=str(root), prepared=str(tmp_path / "prepared"), context=128)
         return Config(
             name="one",
             model=ModelConfig(vocab=320),

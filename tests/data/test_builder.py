@@ -115,7 +115,7 @@ def test_special_token_strings_in_documents_stay_text(one_source: Callable[..., 
         prepare(small)
 
 
-def test_a_truncated_or_missing_file_of_the_cache_names_the_folder_to_delete(one_source: Callable[..., Config]):
+def test_a_truncated_or_missing_file_of_the_prepared_data_names_the_folder_to_delete(one_source: Callable[..., Config]):
     config = one_source(sums(60, seed=1))
     prepared = prepare(config)
     record = next(prepared.directory.rglob("*train.array_record*"))
@@ -137,8 +137,8 @@ def test_a_preparation_killed_halfway_leaves_nothing_in_the_way(one_source: Call
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "config.json")], timeout=120, check=False)
     assert killed.returncode == -9
-    cache = Path(config.data.cache)
-    assert [path.name.split(".")[1][:7] for path in cache.iterdir()] == ["partial"]
+    folder = Path(config.data.prepared)
+    assert [path.name.split(".")[1][:7] for path in folder.iterdir()] == ["partial"]
     assert prepare(config).splits["sums"]["train"] == 60
 
 
@@ -155,21 +155,21 @@ def test_of_two_preparations_at_once_the_later_adopts_the_earlier(
 
     monkeypatch.setattr(builder, "_fill", overtaken)
     assert [prepare(config)] == others
-    assert [path.name for path in Path(config.data.cache).iterdir()] == [preparation_key(config)]
+    assert [path.name for path in Path(config.data.prepared).iterdir()] == [preparation_key(config)]
 
 
 def test_an_error_leaves_no_folder_behind(one_source: Callable[..., Config]):
     config = one_source([*sums(5, seed=1), {"question": "no answer"}])
     with pytest.raises(DataError, match="line 6: no field 'answer'"):
         prepare(config)
-    assert list(Path(config.data.cache).iterdir()) == []
+    assert list(Path(config.data.prepared).iterdir()) == []
 
 
 def test_other_processes_must_see_what_the_first_prepared(
     one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("dreamer_jax.distributed.VISIBLE_SECONDS", 0.1)
-    with pytest.raises(DataError, match=r"process 0 has prepared .* data\.cache must be on a file system that all"):
+    with pytest.raises(DataError, match=r"process 0 has prepared .* data\.prepared must be on a file system that all"):
         prepare(one_source(sums(5, seed=1)), process_index=1)
 
 

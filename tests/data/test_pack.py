@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamer_jax.data.pack import assign_rows, load_plan, make_plan, permute, row_documents, save_plan
+from dreamer_jax.data.pack import assign_rows, load_packing, pack_documents, permute, row_documents, save_packing
 
 SIZE = 100
 
@@ -40,42 +40,44 @@ def test_packing_is_best_fit(lengths: np.ndarray):
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_every_epoch_holds_each_document_once_in_rows_that_fit(lengths: np.ndarray, seed: int | None):
-    plan = make_plan(lengths, SIZE)
+    packing = pack_documents(lengths, SIZE)
     for epoch in range(3):
-        rows = [row_documents(plan, epoch * plan.rows + row, seed) for row in range(plan.rows)]
+        rows = [row_documents(packing, epoch * packing.rows + row, seed) for row in range(packing.rows)]
         assert all(0 < lengths[row].sum() <= SIZE for row in rows)
         assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_company():
-    plan = make_plan(np.random.default_rng(3).integers(10, 20, 500), SIZE)
+    packing = pack_documents(np.random.default_rng(3).integers(10, 20, 500), SIZE)
 
     def epoch(number: int, seed: int) -> list[tuple[int, ...]]:
-        return [tuple(row_documents(plan, number * plan.rows + row, seed)) for row in range(plan.rows)]
+        return [tuple(row_documents(packing, number * packing.rows + row, seed)) for row in range(packing.rows)]
 
     first, second, other = epoch(0, 1), epoch(1, 1), epoch(0, 2)
     assert first == epoch(0, 1)
     for changed in (second, other):
         assert changed != first
-        assert len({frozenset(row) for row in first} & {frozenset(row) for row in changed}) < plan.rows // 10
+        assert len({frozenset(row) for row in first} & {frozenset(row) for row in changed}) < packing.rows // 10
 
 
 def test_the_order_of_the_rows_changes_with_the_epoch(lengths: np.ndarray):
-    plan = make_plan(lengths, SIZE)
-    shapes = [[tuple(lengths[row_documents(plan, e * plan.rows + r, 1)]) for r in range(plan.rows)] for e in range(2)]
+    packing = pack_documents(lengths, SIZE)
+    shapes = [
+        [tuple(lengths[row_documents(packing, e * packing.rows + r, 1)]) for r in range(packing.rows)] for e in range(2)
+    ]
     assert sorted(shapes[0]) == sorted(shapes[1])
     assert shapes[0] != shapes[1]
 
 
 def test_rows_are_nearly_full():
-    plan = make_plan(np.random.default_rng(0).integers(5, 60, 5000), SIZE)
-    assert plan.fill > 0.97
-    assert plan.fill == pytest.approx(np.diff(plan.lengths) @ np.arange(SIZE + 1) / (plan.rows * SIZE))
+    packing = pack_documents(np.random.default_rng(0).integers(5, 60, 5000), SIZE)
+    assert packing.fill > 0.97
+    assert packing.fill == pytest.approx(np.diff(packing.lengths) @ np.arange(SIZE + 1) / (packing.rows * SIZE))
 
 
 def test_a_document_of_exactly_the_context_has_a_row_to_itself():
-    plan = make_plan(np.array([SIZE, SIZE, 1]), SIZE)
-    assert sorted(len(row_documents(plan, row, 0)) for row in range(plan.rows)) == [1, 1, 1]
+    packing = pack_documents(np.array([SIZE, SIZE, 1]), SIZE)
+    assert sorted(len(row_documents(packing, row, 0)) for row in range(packing.rows)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 100, 1000])
@@ -91,7 +93,7 @@ def test_permute_sends_an_index_everywhere_alike():
 
 
 def test_a_plan_survives_the_disk(lengths: np.ndarray, tmp_path: Path):
-    plan = make_plan(lengths, SIZE)
-    save_plan(plan, tmp_path / "plan.npz")
-    again = load_plan(tmp_path / "plan.npz")
-    assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
+    packing = pack_documents(lengths, SIZE)
+    save_packing(packing, tmp_path / "packing.npz")
+    again = load_packing(tmp_path / "packing.npz")
+    assert all(np.array_equal(a, b) for a, b in zip(packing, again, strict=True))

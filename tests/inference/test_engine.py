@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return engine.prepare(model, Compute())
+    return engine.make_decoder(model, Compute())
 
 
 @jax.jit
@@ -77,7 +77,7 @@ def test_decoding_equals_the_full_forward_pass(config, depth):
     expected = np.asarray(full(model))
     expected = np.stack([row[n - 1 : n - 1 + STEPS] for row, n in zip(expected, lengths, strict=True)])
     # The full pass applies Eq. 7 with its shared experts, the decoder the merged experts of Eq. 8.
-    actual = decoded_logits(engine.prepare(model, Compute(), depth=depth), texts, lengths)
+    actual = decoded_logits(engine.make_decoder(model, Compute(), depth=depth), texts, lengths)
     assert relative_error(actual, expected) < 1e-5
 
 
@@ -144,7 +144,7 @@ def test_a_row_ends_before_a_stop_id_or_when_the_caller_says_so(decoder):
 
 def test_the_cache_is_updated_in_place_and_da_adds_nothing_that_grows():
     config = changed(SMALL, depth=8, router={"attention_experts": 8})
-    decoder = engine.prepare(convert.build(config, weights_of(config)), Compute())
+    decoder = engine.make_decoder(convert.build(config, weights_of(config)), Compute())
     rows = 1024
     caches = engine.empty_caches(decoder, 2, rows)
     latest, keys = jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0), 2)
@@ -177,7 +177,7 @@ def test_a_later_depth_sees_the_depths_of_its_own_token_only(decoder):
     row = decoder.model.layer.da.row(x, decoder.depth)
     assert row.k.shape == row.v.shape == (2, 1, decoder.config.da.kv_heads, decoder.config.da.head_size)
     assert not row.k.any()
-    assert "da" not in engine.empty_caches(decoder, 2, 16)
+    assert "da" not in engine.empty_caches(decoder, 2, 16).memories
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,12 @@ def test_a_later_depth_sees_the_depths_of_its_own_token_only(decoder):
 def test_requests_that_cannot_be_served_are_refused(decoder, prompts, max_tokens, message):
     with pytest.raises(GenerationError, match=message):
         engine.complete(decoder, prompts, Sampling(), max_tokens=max_tokens)
+
+
+def test_a_token_past_the_rows_of_the_caches_has_no_plausible_logits(decoder):
+    caches, token = engine.empty_caches(decoder, 2, 16), jnp.zeros(2, jnp.int32)
+    logits, _ = engine.read_tokens(decoder, caches, token, jnp.array([15, 16], jnp.int32))
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1]).all()
+    with pytest.raises(GenerationError, match="prompts of 17 tokens do not fit caches of 16 rows"):
+        engine.read_prompts(decoder, caches, jnp.zeros((2, 17), jnp.int32), token + 17)

@@ -14,7 +14,7 @@ from dreamer_jax.kernels import exchange as exchange_module
 from dreamer_jax.kernels.compute import implementation
 from dreamer_jax.kernels.exchange import Exchange, default_transport, exchanged_swiglu
 from dreamer_jax.kernels.reference import REFERENCE
-from dreamer_jax.kernels.rows import collect, dispatch, plan, sort
+from dreamer_jax.kernels.rows import collect, dispatch, order, sort
 from tests.kernels.backends import BACKENDS
 from tests.kernels.checks import assert_near
 
@@ -34,7 +34,7 @@ def arrays(experts, devices, skew=0.0):
 
 
 def layer(swiglu, experts, x, scores, w_gate_up, w_down, ids):
-    p = plan(ids, experts)
+    p = order(ids, experts)
     rows = dispatch(x, p, ACTIVE), sort(scores.reshape(-1, 1), p)
     return collect(swiglu(*rows, w_gate_up, w_down, p.sizes), p, ACTIVE)
 
@@ -115,7 +115,7 @@ def test_balanced_routing_needs_one_round_and_a_skewed_one_more():
         @partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
         def count(ids):
             exchange = Exchange("expert", 4, "all_to_all", 2.0)
-            routes = exchange_module._routes(exchange, plan(ids, 16).sizes, 4)
+            routes = exchange_module._routes(exchange, order(ids, 16).sizes, 4)
             capacity = exchange_module._capacity(exchange, ids.size)
             steps = exchange_module._in_rounds(routes, capacity, lambda i, n: n + 1, jnp.zeros_like(routes.total[:1]))
             return steps

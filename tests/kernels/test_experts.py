@@ -135,7 +135,7 @@ def test_tokens_through_their_experts_and_back_equal_every_token_by_itself(name,
 
     def ours(*arrays):
         run = kernels(name)
-        return run.swiglu(*arrays, run.plan(ids, 7))
+        return run.swiglu(*arrays, run.order(ids, 7))
 
     assert_near(gradients(ours, *arrays), gradients(literal, *arrays))
 
@@ -146,9 +146,9 @@ def test_weights_that_are_handed_on_bring_the_gradient_of_later_uses(name):
 
     def twice(name, follow, x, scores, *weights):
         run = kernels(name)
-        plan = run.plan(ids, 7)
-        y = run.swiglu(x, scores, *weights, plan)
-        return y + run.swiglu(y, scores, *(run.handed_on.latest(weights) if follow else weights), plan)
+        order = run.order(ids, 7)
+        y = run.swiglu(x, scores, *weights, order)
+        return y + run.swiglu(y, scores, *(run.handed_on.latest(weights) if follow else weights), order)
 
     assert_near(gradients(partial(twice, name, True), *arrays), gradients(partial(twice, "reference", False), *arrays))
 
@@ -158,7 +158,7 @@ def test_remat_that_keeps_products_does_not_multiply_again(kept, products):
     *arrays, ids = tokens(T=40)
     run = kernels("gpu")
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    layer = jax.checkpoint(lambda *x: run.swiglu(*x, run.plan(ids, 7)), policy=policy)
+    layer = jax.checkpoint(lambda *x: run.swiglu(*x, run.order(ids, 7)), policy=policy)
     jaxpr = jax.make_jaxpr(jax.grad(lambda *x: jnp.sum(layer(*x) ** 2), argnums=(0, 1, 2, 3)))(*arrays)
     # two forward, d_x and d_w of each, and without "products" the first again: no gradient needs the second
     assert str(jaxpr).count("ragged_dot_general[") == products
@@ -169,7 +169,7 @@ def depth_loop(name, x, w_gate_up, w_down, scores, ids):
 
     def layer(x, ids):
         run = kernels(name)
-        return x + run.swiglu(x, scores, w_gate_up, w_down, run.plan(ids, w_down.shape[0])), None
+        return x + run.swiglu(x, scores, w_gate_up, w_down, run.order(ids, w_down.shape[0])), None
 
     return jax.lax.scan(jax.checkpoint(layer), x, ids)[0]
 

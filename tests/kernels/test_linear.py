@@ -45,8 +45,8 @@ def literal(x, scores, w, shared, ids):
 def merged(name, x, scores, w, shared, ids):
     """Eq. 8 outside of the operation, where the gradient of the shared expert comes from."""
     run = kernels(name)
-    plan = run.plan(ids[:, None], EXPERTS)
-    return run.linear(x, scores, w + shared[None], lax.stop_gradient(shared), plan)
+    order = run.order(ids[:, None], EXPERTS)
+    return run.linear(x, scores, w + shared[None], lax.stop_gradient(shared), order)
 
 
 @pytest.mark.parametrize(("name", "into", "out"), WIDTHS)
@@ -61,7 +61,7 @@ def test_without_a_shared_expert_the_score_gets_its_whole_gradient(name, into, o
 
     def ours(x, scores, w):
         run = kernels(name)
-        return run.linear(x, scores, w, None, run.plan(ids[:, None], EXPERTS))
+        return run.linear(x, scores, w, None, run.order(ids[:, None], EXPERTS))
 
     def plain(x, scores, w):
         return scores[:, None] * jnp.einsum("ti,tio->to", x, w[ids], precision="highest")
@@ -73,7 +73,7 @@ def test_without_a_shared_expert_the_score_gets_its_whole_gradient(name, into, o
 def test_merged_weights_alone_give_the_same_values(name):
     x, scores, w, shared, ids = example()
     run = kernels(name)
-    got = run.linear(x, scores, w + shared[None], None, run.plan(ids[:, None], EXPERTS))
+    got = run.linear(x, scores, w + shared[None], None, run.order(ids[:, None], EXPERTS))
     assert_near(got, literal(x, scores, w, shared, ids))
 
 
@@ -90,9 +90,9 @@ def test_weights_that_are_handed_on_bring_the_gradient_of_later_uses(name):
 
     def twice(name, follow, x, scores, w, shared):
         run = kernels(name)
-        plan = run.plan(ids[:, None], EXPERTS)
-        y = run.linear(x, scores, w, shared, plan)
-        return y + run.linear(y, scores, run.handed_on.latest(w) if follow else w, shared, plan)
+        order = run.order(ids[:, None], EXPERTS)
+        y = run.linear(x, scores, w, shared, order)
+        return y + run.linear(y, scores, run.handed_on.latest(w) if follow else w, shared, order)
 
     assert_near(gradients(partial(twice, name, True), *inputs), gradients(partial(twice, "reference", False), *inputs))
 

@@ -84,7 +84,7 @@ CALLS = {
     "collect": ([(ROWS, D), (ROWS, INT)], [2], {(0, 1)}),
     "route": ([(T, D), (E, D), (E,), (T, INT)], [2], set()),
     "route_gradients": ([(T, D), (E, D), (T, 2, INT), (T, 2), (T, 2)], [], {(1, 0)}),
-    "plan": ([(T, 2, INT)], [E], {(0, 0), (0, 1)}),
+    "order": ([(T, 2, INT)], [E], {(0, 0), (0, 1)}),
     "attend": ([Q, KV, KV, (2, 6, INT)], [], set()),
     "attend_gradients": ([Q, KV, KV, (2, 6, INT), Q, (2, 4, 6), Q], [], set()),
     "attend_cache": ([(2, 1, 4, 8), (3, 2, 2, 6, 8), (3, 2, 2, 6, 8), (INT,), (2, INT)], [], set()),

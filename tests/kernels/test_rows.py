@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from chex import assert_trees_all_equal
 
-from dreamer_jax.kernels.rows import collect, dispatch, plan, sort, unsort
+from dreamer_jax.kernels.rows import collect, dispatch, order, sort, unsort
 from tests.kernels.backends import BACKENDS
 from tests.kernels.checks import assert_near, kernels
 
@@ -18,7 +18,7 @@ D = 16
 def test_the_plan_sorts_by_expert_and_keeps_the_order_of_tokens(name, shape):
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(5)[: shape[1]] for _ in range(shape[0])]).astype(np.int32)
-    p = jax.jit(kernels(name).plan, static_argnums=1)(jnp.asarray(ids), 7)
+    p = jax.jit(kernels(name).order, static_argnums=1)(jnp.asarray(ids), 7)
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable").astype(np.int32)
     inverse, sizes = np.argsort(order).astype(np.int32), np.bincount(flat, minlength=7).astype(np.int32)
@@ -29,7 +29,7 @@ def test_the_plan_sorts_by_expert_and_keeps_the_order_of_tokens(name, shape):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_plan_takes_choices_that_repeat(name, tokens, experts, active):
     ids = jax.random.randint(jax.random.key(tokens), (tokens, active), 0, experts, jnp.int32)
-    assert_trees_all_equal(kernels(name).plan(ids, experts), kernels("reference").plan(ids, experts))
+    assert_trees_all_equal(kernels(name).order(ids, experts), kernels("reference").order(ids, experts))
 
 
 def routed(tokens=33, active=3, n_experts=7):
@@ -38,7 +38,7 @@ def routed(tokens=33, active=3, n_experts=7):
     x, g = (jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32) for _ in range(2))
     y = jnp.asarray(rng.normal(size=(tokens * active, D)), jnp.float32)
     scores = jnp.asarray(rng.uniform(size=ids.shape), jnp.float32)
-    return ids, jax.jit(plan, static_argnums=1)(ids, n_experts), x, g, y, scores
+    return ids, jax.jit(order, static_argnums=1)(ids, n_experts), x, g, y, scores
 
 
 def test_dispatch_gives_every_row_the_token_that_chose_its_expert():

@@ -130,7 +130,7 @@ def test_decoding_a_token_at_a_time_equals_the_oracles_full_pass(name):
     positions = np.broadcast_to(np.arange(16), texts.shape)
     full = oracle.forward(weights, sizes_of(config), texts, positions, np.ones_like(texts), depth).logits
     expected = np.stack([row[n - 1 : n - 1 + STEPS] for row, n in zip(full, lengths, strict=True)])
-    decoder = engine.prepare(convert.build(config, weights), Compute(), depth=depth)
+    decoder = engine.make_decoder(convert.build(config, weights), Compute(), depth=depth)
     actual = decoded_logits(decoder, jnp.asarray(texts, jnp.int32), jnp.asarray(lengths))
     assert relative_error(actual, expected) < TOLERANCE
 

@@ -51,7 +51,7 @@ def toy_config(folder: Path, **train) -> Config:
         name="toy",
         out=str(folder / "runs"),
         model=MODEL,
-        data=DataConfig(sources=(source,), root=str(folder), cache=str(folder / "cache"), context=48),
+        data=DataConfig(sources=(source,), root=str(folder), prepared=str(folder / "prepared"), context=48),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
         train=Train(**{**defaults, **train}),
         checkpoint=CheckpointConfig(every=2, keep=2),

@@ -124,7 +124,7 @@ def route_gradients(query: Array, keys: Array, ids: Array, scores: Array, d_scor
     return _call("route_gradients", signature, query, keys, ids, scores, d_scores)
 
 
-def plan(ids: Array, experts: int) -> Sequence[Array]:
+def order(ids: Array, experts: int) -> Sequence[Array]:
     """Choices [tokens, A] sorted by expert, stably: order, its inverse, and the choices of each expert."""
     size = ids.size
     signature = f"int ids[t A] -> int order[{size}], int inverse[{size}], int sizes[{experts}]"

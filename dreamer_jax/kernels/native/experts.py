@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from dreamer_jax.kernels.interface import Plan
+from dreamer_jax.kernels.interface import ExpertOrder
 from dreamer_jax.kernels.native import calls
 from dreamer_jax.kernels.plain.linear import through
 from dreamer_jax.kernels.rows import sort
 from dreamer_jax.sharding import vary_together
 
 
-def linear(x: Array, scores: Array, w: Array, shared: Array | None, plan: Plan) -> tuple[Array, Array]:
+def linear(x: Array, scores: Array, w: Array, shared: Array | None, order: ExpertOrder) -> tuple[Array, Array]:
     """`Kernels.linear` in one call, which neither sorts nor weights in memory; its gradient needs no product again."""
-    y, w = _linear(*_vary_together(x, scores, w, shared, plan))
+    y, w = _linear(*_vary_together(x, scores, w, shared, order))
     return checkpoint_name(y, "products"), w
 
 
@@ -50,12 +50,12 @@ def _vary_together(*trees: Any) -> Any:
     return jax.tree.unflatten(structure, vary_together(*leaves))
 
 
-def swiglu(x: Array, scores: Array, w_gate_up: Array, w_down: Array, plan: Plan) -> tuple[Array, Array, Array]:
+def swiglu(x: Array, scores: Array, w_gate_up: Array, w_down: Array, order: ExpertOrder) -> tuple[Array, Array, Array]:
     """`Kernels.swiglu`; the kernels gather the tokens themselves."""
-    active, scores = scores.shape[1], sort(scores.reshape(-1, 1), plan)
-    x, scores, w_gate_up, w_down, plan = _vary_together(x, scores, w_gate_up, w_down, plan)
+    active, scores = scores.shape[1], sort(scores.reshape(-1, 1), order)
+    x, scores, w_gate_up, w_down, order = _vary_together(x, scores, w_gate_up, w_down, order)
     with jax.named_scope("experts"):
-        return _swiglu(x, scores, w_gate_up, w_down, plan.sizes, plan, active)
+        return _swiglu(x, scores, w_gate_up, w_down, order.sizes, order, active)
 
 
 @jax.named_scope("experts")
@@ -65,7 +65,7 @@ def sorted_swiglu(x: Array, scores: Array, w_gate_up: Array, w_down: Array, size
 
 
 # The whole SwiGLU in one call; for gradients in two, so that remat can keep what lies between them. Sorted rows become
-# sorted rows; or, with their plan, tokens become tokens. The weights are handed on.
+# sorted rows; or, with their order, tokens become tokens. The weights are handed on.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -92,10 +92,10 @@ def _swiglu_backward(active, residuals, cotangents):
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _tokens(p: Plan | None, active: int) -> Array | None:
+def _tokens(p: ExpertOrder | None, active: int) -> Array | None:
     return None if p is None else p.order // active
 
 
 @jax.named_scope("combine")
-def _collected(rows: Array, p: Plan | None, active: int) -> Array:
+def _collected(rows: Array, p: ExpertOrder | None, active: int) -> Array:
     return rows if p is None else calls.collect(rows, p.inverse, active)

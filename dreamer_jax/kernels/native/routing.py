@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from dreamer_jax.kernels.interface import Plan, Routed
+from dreamer_jax.kernels.interface import ExpertOrder, Routed
 from dreamer_jax.kernels.native import calls
 from dreamer_jax.sharding import vary_together
 
@@ -37,14 +37,14 @@ _route.defvjp(_route_forward, _route_backward)
 
 
 @jax.named_scope("dispatch")
-def plan(ids: Array, experts: int) -> Plan:
-    """`Kernels.plan`."""
-    return _plan(ids, experts)
+def order(ids: Array, experts: int) -> ExpertOrder:
+    """`Kernels.order`."""
+    return _order(ids, experts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _plan(ids, experts):
-    return Plan(*calls.plan(ids, experts))
+def _order(ids, experts):
+    return ExpertOrder(*calls.order(ids, experts))
 
 
-_plan.defvjp(lambda ids, experts: (_plan(ids, experts), None), lambda experts, _, d: (None,))
+_order.defvjp(lambda ids, experts: (_order(ids, experts), None), lambda experts, _, d: (None,))

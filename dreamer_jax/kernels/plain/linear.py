@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dreamer_jax.kernels.interface import Plan
+from dreamer_jax.kernels.interface import ExpertOrder
 from dreamer_jax.kernels.rows import dispatch, unsort
 from dreamer_jax.sharding import vary_together
 
@@ -18,7 +18,7 @@ def routed_linear(
     scores: Float[Array, "tokens"],
     w: Float[Array, "E I O"],
     shared: Float[Array, "I O"] | None,
-    p: Plan,
+    p: ExpertOrder,
 ) -> tuple[Float[Array, "tokens O"], Float[Array, "E I O"]]:
     """`Kernels.linear` by way of multiply(sorted rows, w, sizes)."""
     y = unsort(multiply(dispatch(x, p, 1), w, p.sizes), p)
