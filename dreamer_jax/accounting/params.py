@@ -1,6 +1,6 @@
 """Exact parameter counts by component (Table 1): those stored, and those that take part in one token's forward pass.
 
-Both follow from the tables of weights in `model_config.py`. Router biases are no parameters: Eq. 3 moves them, no
+Both follow from the tables of weights in `dimensions/`. Router biases are no parameters: Eq. 3 moves them, no
 gradient does.
 """
 

@@ -4,6 +4,7 @@ All of it is arithmetic on the keys, without JAX. Building, counting, naming and
 Letters are those of the einsums (docs/architecture.md).
 """
 
+import abc
 import math
 import re
 from collections.abc import Mapping
@@ -173,7 +174,7 @@ def mean_context(length: int) -> float:
 
 
 @dataclass(frozen=True)
-class Dimension:
+class Dimension(abc.ABC):
     """What every attention dimension states; all costs are for one token."""
 
     module: ClassVar[str] = ""
@@ -189,9 +190,9 @@ class Dimension:
     def check_files(self) -> None:
         """Raise ConfigError unless the files that initialisation reads are there and fit."""
 
+    @abc.abstractmethod
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:
         """The arrays of one layer, in the order in which they are drawn; `merged`: after Eq. 8."""
-        raise NotImplementedError
 
     def products(self, model: Shape, context: float, depths: tuple[int, ...]) -> dict[str, float]:
         """Multiply-accumulates beside those with weights, by component, summed over the depths at which it runs.
@@ -204,12 +205,12 @@ class Dimension:
         """Experts that a token selects at one depth, over its routers; 0 without a router."""
         return 0
 
+    @abc.abstractmethod
     def saved(self, model: Shape, tile: int = 1) -> tuple[Saved, ...]:
         """What one depth keeps of one token, beside the residual stream that it reads (`memory.py`).
 
         `tile`: kernels want the width of experts in multiples of it.
         """
-        raise NotImplementedError
 
     @property
     def sequence_memory(self) -> int:

@@ -4,6 +4,7 @@ To add one, write its section in `dimensions/` (keys, weights, costs), a field o
 subclass of `Dimension`. The mixture, the depth loop, decoding, accounting and the exchange format then know it.
 """
 
+import abc
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -62,9 +63,9 @@ class Dimension(nnx.Module):
     cache: all tokens of a sequence at all depths, kept while a sequence is generated (`cache`).
     """
 
+    @abc.abstractmethod
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Update:
         """The update at depth `context.l`, from the residual stream before its pre-norm."""
-        raise NotImplementedError
 
     def make_ready(self, kernels: Implementation) -> None:
         """Bring the weights, in place, into the form that the depth loop uses."""
