@@ -15,14 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from dreamer_jax import convert
 from dreamer_jax.config import Config, ModelConfig
-from dreamer_jax.convert.model import check_tokens
 from dreamer_jax.convert.safetensors import CONFIG, WEIGHTS
 from dreamer_jax.data.sources import render_prompt
 from dreamer_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dreamer_jax.inference import engine
 from dreamer_jax.inference.sample import Sampling
 from dreamer_jax.kernels.compute import Compute
-from dreamer_jax.model.dreamer import Dreamer
+from dreamer_jax.model.dreamer import Dreamer, check_tokens
 from dreamer_jax.training.checkpoint import load_model, save_model
 
 Text = str | Sequence[int] | Int[np.ndarray | Array, "..."]
@@ -86,13 +85,13 @@ class LanguageModel:
 
         A text ends before the token that ends documents, or after `max_tokens`.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        as_text = isinstance(texts[0], str)
-        rows = [self.tokens(text)[0] for text in texts] if as_text else self.tokens(prompts)  # type: ignore[arg-type]
+        given: Any = [prompts] if isinstance(prompts, str) else prompts
+        as_text = len(given) > 0 and isinstance(given[0], str)
+        rows = [self.tokens(text)[0] for text in given] if as_text else self.tokens(given)
         stop = () if self.tokenizer is None else (self.tokenizer.eos,)
         decoder = engine.make_decoder(self.model, self.compute, depth=depth)
-        given = [row.tolist() for row in rows], Sampling(temperature, top_p)
-        found = engine.complete(decoder, *given, max_tokens=max_tokens, seed=seed, stop_ids=stop)
+        tokens, sampling = [row.tolist() for row in rows], Sampling(temperature, top_p)
+        found = engine.complete(decoder, tokens, sampling, max_tokens=max_tokens, seed=seed, stop_ids=stop)
         return [self._known_tokenizer().decode(row) for row in found] if as_text else found
 
     def answer(self, question: str, **options: Any) -> str:

@@ -14,7 +14,7 @@ from dreamer_jax.config import ModelConfig, OptimizerConfig
 from dreamer_jax.convert import names
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.documents import document_start
-from dreamer_jax.model.dreamer import Capture, Dreamer
+from dreamer_jax.model.dreamer import Capture, Dreamer, check_tokens
 from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import rebalanced
@@ -74,7 +74,7 @@ def inspect(
         depth: the trained depth if None.
 
     Raises:
-        ValueError: a token id outside the vocabulary.
+        TokenError: an id outside of the vocabulary.
         ConfigError: a depth that the model cannot run at.
     """
     check_tokens(np.asarray(tokens), model.config.vocab)
@@ -119,10 +119,3 @@ def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """The position of each token in its document."""
     token = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     return token - document_start(segment_ids)
-
-
-def check_tokens(tokens: np.ndarray, vocab: int) -> None:
-    """Raise ValueError if a token id lies outside the vocabulary."""
-    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab):
-        worst = tokens.max() if tokens.max() >= vocab else tokens.min()
-        raise ValueError(f"token id {worst} is not in the model's vocabulary of {vocab} (0 to {vocab - 1})")

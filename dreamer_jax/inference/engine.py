@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from dreamer_jax.config import ModelConfig
 from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
 from dreamer_jax.kernels.compute import Compute
-from dreamer_jax.model.dreamer import Dreamer, checked_depth, made_ready
+from dreamer_jax.model.dreamer import Dreamer, check_tokens, checked_depth, made_ready
 from dreamer_jax.model.mixture import Memories
 
 OnToken = Callable[[int, int], bool | None]
@@ -61,13 +61,19 @@ def make_decoder(model: Dreamer, compute: Compute, *, depth: int | None = None) 
     depth = checked_depth(model.config, depth)
     graph, state = nnx.split(model)
 
-    def ready(state: nnx.State) -> tuple[Any, nnx.State]:
-        model = made_ready(nnx.merge(graph, state).merged(), compute)
-        model.embed.set_value(model.embed[...].astype(compute.dtype))
-        return nnx.split(model)
+    ready_graph, _ = nnx.eval_shape(lambda: _readied(graph, compute, state))
+    return Decoder(model.config, compute, depth, ready_graph, _ready_state(graph, compute, state))
 
-    ready_graph, _ = nnx.eval_shape(lambda: ready(state))
-    return Decoder(model.config, compute, depth, ready_graph, jax.jit(lambda state: ready(state)[1])(state))
+
+def _readied(graph: Any, compute: Compute, state: nnx.State) -> tuple[Any, nnx.State]:
+    model = made_ready(nnx.merge(graph, state).merged(), compute)
+    model.embed.set_value(model.embed[...].astype(compute.dtype))
+    return nnx.split(model)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _ready_state(graph: Any, compute: Compute, state: nnx.State) -> nnx.State:
+    return _readied(graph, compute, state)[1]
 
 
 def generate(
@@ -104,12 +110,13 @@ def complete(
     it says depends on its prompt, its index in the batch and the seed, not on the other rows.
 
     Raises:
-        GenerationError: no prompt, an empty one, a token outside of the vocabulary, or max_tokens below 1.
+        GenerationError: no prompt, an empty one, or max_tokens below 1.
+        TokenError: an id outside of the vocabulary.
     """
     if max_tokens < 1:
         raise GenerationError(f"max-tokens = {max_tokens}: must be at least 1")
     tokens, lengths = padded(prompts)
-    _check_vocabulary(tokens, decoder.config.vocab)
+    check_tokens(tokens, decoder.config.vocab)
     longest = int(lengths.max()) + max_tokens - 1  # the last token is never read
     rows = rows_for(max(longest, tokens.shape[1]))
     keys, positions = sequence_keys(seed, len(prompts)), jnp.asarray(lengths)
@@ -143,12 +150,6 @@ def rows_for(tokens: int) -> int:
     """`tokens` rounded up to one of four sizes per octave: few shapes to compile, little to spare."""
     size = max(16, (1 << (tokens - 1).bit_length()) // 8)
     return -(-tokens // size) * size
-
-
-def _check_vocabulary(tokens: Int[np.ndarray, "B T"], vocab: int) -> None:
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        worst = tokens.max() if tokens.max() >= vocab else tokens.min()
-        raise GenerationError(f"token id {worst} is not in the model's vocabulary of {vocab} (0 to {vocab - 1})")
 
 
 class _Completions:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -18,6 +19,10 @@ from dreamer_jax.model.dimension import Context, Update
 from dreamer_jax.model.mixture import Layer, Memories
 from dreamer_jax.model.parameters import WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
+
+
+class TokenError(ValueError):
+    """Ids that the model does not have; the message names one."""
 
 
 class RouterFigures(NamedTuple):
@@ -183,6 +188,13 @@ def made_ready(model: Dreamer, compute: Compute) -> Dreamer:
     # Looked up, not multiplied: in float32, in which its gradient adds up many tokens.
     model.embed.set_value(embed)
     return model
+
+
+def check_tokens(tokens: Int[np.ndarray, "..."], vocab: int) -> None:
+    """Raise TokenError if an id lies outside of the vocabulary: inside of a program it would be clipped."""
+    outside = tokens[(tokens < 0) | (tokens >= vocab)]
+    if outside.size:
+        raise TokenError(f"token id {outside[0]} is not in the model's vocabulary of {vocab} (0 to {vocab - 1})")
 
 
 def checked_depth(config: ModelConfig, depth: int | None) -> int:
