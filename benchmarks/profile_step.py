@@ -11,6 +11,7 @@ has a `profile`, which scripts in this folder would find here.)
 
 import argparse
 import collections
+import os
 import re
 import tempfile
 import time
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=0, help="also list so many single operations")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    # On GPUs, XLA launches many kernels as one command buffer, which the profiler sees as one operation.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     config = configs(args.size)[args.variant]
     rows = learned_rows(config.train.batch, config.data.context, args.warm)
     step, state, batches, _ = warm_step(config, rows)

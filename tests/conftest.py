@@ -1,18 +1,22 @@
-"""Strict settings for every test: 8 simulated CPU devices, no silent promotion of dtypes or ranks, shapes checked."""
+"""Strict settings for every test: 8 simulated CPU devices, no silent promotion of dtypes or ranks, shapes checked.
+
+DREAMER_TESTS_ON=cuda runs them on a GPU instead: for tests/test_on_gpu.py.
+"""
 
 import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far more than they compute: no optimisation of machine code, and one cache for all test processes.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+os.environ["JAX_PLATFORMS"] = os.environ.get("DREAMER_TESTS_ON", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile far more than they compute: no optimisation of machine code, and one cache for all test processes.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+        ]
+    )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="dreamer-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

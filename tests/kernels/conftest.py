@@ -49,13 +49,28 @@ def stand_in_forward(q, k, v, k_start):
     return out.astype(dtype), jax.nn.logsumexp(scores, axis=-1)
 
 
-def stand_in_product(a, b, *, group_sizes, ragged_dot_dimension_numbers, preferred_element_type, implementation):
-    """JAX's own ragged product, with garbage where tokamax may leave it: in rows that no group owns."""
-    assert implementation == ("mosaic", "triton")
-    y = jax.lax.ragged_dot_general(
-        a, b, group_sizes, ragged_dot_dimension_numbers, preferred_element_type=preferred_element_type
-    )
-    return y if y.ndim == 3 else jnp.where((jnp.arange(y.shape[0]) < group_sizes.sum())[:, None], y, jnp.nan)
+class StandInProduct:
+    """What gpu.py asks of a grouped product of tokamax on Hopper: 16 bits, tiles of ours, whole tiles of rows."""
+
+    config = None
+
+    def replace(self, *, config):
+        changed = StandInProduct()
+        changed.config = config
+        return changed
+
+    def __call__(self, a, b, *, group_sizes, ragged_dot_dimension_numbers, preferred_element_type):
+        if a.dtype.itemsize != 2:
+            raise NotImplementedError
+        assert self.config["block_m"] * self.config["block_n"] <= 2**14  # what a warp group's registers hold
+        y = jax.lax.ragged_dot_general(
+            a, b, group_sizes, ragged_dot_dimension_numbers, preferred_element_type=preferred_element_type
+        )
+        if y.ndim == 3:
+            assert a.shape[0] % 64 == 0
+            return y
+        # Garbage where tokamax may leave it: in rows that no group owns.
+        return jnp.where((jnp.arange(y.shape[0]) < group_sizes.sum())[:, None], y, jnp.nan)
 
 
 @pytest.fixture
@@ -64,11 +79,19 @@ def tokamax(monkeypatch):
     attention = SimpleNamespace(
         api=SimpleNamespace(IMPLEMENTATIONS={"mosaic_gpu": StandIn()}), base=SimpleNamespace(Mask=Mask)
     )
-    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot_general=stand_in_product))
+    products = SimpleNamespace(
+        api=SimpleNamespace(IMPLEMENTATIONS={"mosaic_gpu": StandInProduct()}),
+        pallas_mosaic_gpu_common=SimpleNamespace(Config=dict, MatmulDimension=SimpleNamespace(M="m")),
+    )
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace())
+    hopper = SimpleNamespace(gpu_utils=SimpleNamespace(is_sm90=lambda: True))
+    monkeypatch.setitem(sys.modules, "tokamax._src", hopper)
     monkeypatch.setitem(sys.modules, "tokamax._src.ops.attention", attention)
+    monkeypatch.setitem(sys.modules, "tokamax._src.ops.ragged_dot", products)
 
 
 @pytest.fixture
 def without_tokamax(monkeypatch, tokamax):
     monkeypatch.setitem(sys.modules, "tokamax", None)
-    monkeypatch.delitem(sys.modules, "tokamax._src.ops.attention")
+    for name in ("tokamax._src", "tokamax._src.ops.attention", "tokamax._src.ops.ragged_dot"):
+        monkeypatch.delitem(sys.modules, name)

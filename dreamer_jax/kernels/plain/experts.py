@@ -64,7 +64,7 @@ def _heights(rows: int, experts: int) -> tuple[int, ...]:
     return (*range(step, tallest - step // 2, step), tallest)
 
 
-def _cut(sizes, rows: int, height: int) -> tuple[_Block, Array]:
+def cut(sizes, rows: int, height: int) -> tuple[_Block, Array]:
     """All blocks in row order, padded to a static number, and how many there are."""
     blocks = (sizes + height - 1) // height
     ends = jnp.cumsum(blocks)
@@ -108,7 +108,7 @@ def _write(a, values, start, mine):
 def _blocks(f: Callable, heights: tuple[int, ...], inputs: tuple, weights: tuple, sizes):
     """Rows through f(*inputs, *weights of their expert), which must work row by row and map zeros to zeros."""
     rows, height = inputs[0].shape[0], heights[-1]
-    blocks, count = _cut(sizes, rows, height)
+    blocks, count = cut(sizes, rows, height)
 
     def body(i, y):
         block = jax.tree.map(lambda a: a[i], blocks)
@@ -128,7 +128,7 @@ def _blocks_forward(f, heights, inputs, weights, sizes):
 def _blocks_backward(f, heights, residuals, d_y):
     inputs, weights, sizes = residuals
     rows, height = inputs[0].shape[0], heights[-1]
-    blocks, count = _cut(sizes, rows, height)
+    blocks, count = cut(sizes, rows, height)
 
     def gradients(w, d, *a):
         """Those of the inputs side by side (`_at_height` brings one array to full height), then the weights'."""
