@@ -48,6 +48,8 @@ class Source:
     """reasoning-gym tasks to generate, instead of files."""
     documents_per_task: int = 0
     """Training documents generated for each task; a tenth as many are held out."""
+    remove: str = ""
+    """Regular expression; what it matches is taken out of prompts and responses: r"<<[^<>]*>>" for GSM8K's marks."""
 
     def __post_init__(self) -> None:
         """A source has files or tasks, not both."""
@@ -79,8 +81,6 @@ class DataConfig:
     """T: tokens in a packed row."""
     response_only: bool = False
     """Take the loss on responses alone, not on prompts."""
-    calculator_marks: Literal["drop", "keep"] = "drop"
-    """What becomes of GSM8K's <<48/2=24>> annotations."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that is not JSON or lacks a field: stop, or skip it, count it and report the count."""
     long_documents: Literal["error", "skip"] = "skip"

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dreamer_jax.config import DistributedConfig
+from dreamer_jax.errors import DreamerError
 
 COORDINATOR, PROCESSES, PROCESS = "DREAMER_COORDINATOR", "DREAMER_PROCESSES", "DREAMER_PROCESS"
 """Environment: host:port of process 0, the number of processes, this one's number. They differ from process to process
@@ -45,7 +46,7 @@ END = "dreamer/end"
 DAY_MS = 24 * 3600 * 1000
 
 
-class DistributedError(RuntimeError):
+class DistributedError(DreamerError, RuntimeError):
     """Processes that cannot come together; the message names the cause and the fix."""
 
 

@@ -15,6 +15,8 @@ DOORS = ("train", "plan", "generate", "convert.__main__")
 SURFACE = "__init__"
 """The package itself, and what it offers under its own name: dreamer_jax.load."""
 ORDER = (
+    ("errors", "files"),
+    ("door",),
     ("dimensions",),
     ("model_config",),
     ("config",),
@@ -28,8 +30,8 @@ ORDER = (
 )
 """A module imports its own kind and those of earlier rows. docs/architecture.md gives the same order."""
 ASIDE = {
-    "accounting": ("dimensions", "model_config", "config"),
-    "data": ("dimensions", "model_config", "config", "distributed"),
+    "accounting": ("errors", "files", "dimensions", "model_config", "config"),
+    "data": ("errors", "files", "dimensions", "model_config", "config", "distributed"),
 }
 """Beside that order: what each imports besides itself. Only those below import it."""
 USE_ASIDE = ("training", "convert", "language_model", *DOORS)

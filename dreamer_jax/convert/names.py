@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dreamer_jax.config import ModelConfig
+from dreamer_jax.errors import DreamerError
 
 
-class WeightError(ValueError):
+class WeightError(DreamerError, ValueError):
     """Weights that do not fit the model; the message names them."""
 
 

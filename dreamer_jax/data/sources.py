@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dreamer_jax.config import DataConfig, Source
+from dreamer_jax.errors import DreamerError
 
 Split = Literal["train", "validation"]
 
@@ -25,7 +26,7 @@ VALIDATION_SEED = 2**30
 """First seed of the held-out exercises. reasoning-gym draws exercise i from seed + i, so seeds must lie far apart."""
 
 
-class DataError(ValueError):
+class DataError(DreamerError, ValueError):
     """Data that cannot be used; the message names the file, the line, the cause and the fix."""
 
 

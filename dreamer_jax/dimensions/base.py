@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
+from dreamer_jax.errors import DreamerError
 
-class ConfigError(ValueError):
+
+class ConfigError(DreamerError, ValueError):
     """A config that cannot be used; the message names the key and the fix."""
 
 

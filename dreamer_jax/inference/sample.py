@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dreamer_jax.errors import DreamerError
 
-class GenerationError(ValueError):
+
+class GenerationError(DreamerError, ValueError):
     """A request that cannot be served; the message says which value and why."""
 
 

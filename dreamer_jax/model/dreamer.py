@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import ConfigError, ModelConfig
+from dreamer_jax.errors import DreamerError
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.interface import Kernels
 from dreamer_jax.kernels.norm import rms_norm
@@ -21,7 +22,7 @@ from dreamer_jax.model.parameters import WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
 
 
-class TokenError(ValueError):
+class TokenError(DreamerError, ValueError):
     """Ids that the model does not have; the message names one."""
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers as managers
 
 from dreamer_jax.config import CheckpointConfig, Config, from_dict, to_json
+from dreamer_jax.errors import DreamerError
 from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import taken_apart
 from dreamer_jax.training.optimizer import adamw
@@ -27,7 +28,7 @@ Leaves = dict[str, Any]
 """Arrays by their path in the state, such as "params.layer.ea.w_down"."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DreamerError, RuntimeError):
     """A checkpoint that is absent or does not fit; the message names what is wrong."""
 
 

@@ -18,6 +18,7 @@ from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
 from dreamer_jax.data.loader import batches
 from dreamer_jax.distributed import DistributedError, Group
+from dreamer_jax.errors import DreamerError
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import RouterFigures
 from dreamer_jax.model.parameters import RouterBias
@@ -43,7 +44,7 @@ from dreamer_jax.training.step import (
 )
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(DreamerError, RuntimeError):
     """Too many steps in a row without a finite loss and gradient."""
 
 

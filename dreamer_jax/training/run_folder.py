@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dreamer_jax.distributed import Group, becomes_visible
+from dreamer_jax.errors import DreamerError
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(DreamerError, RuntimeError):
     """A folder that another run uses, or that is not the same for all processes."""
 
 
