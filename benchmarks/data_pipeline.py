@@ -37,7 +37,7 @@ def measure_preparation(config: Config) -> Prepared:
 
 
 def measure_reading(prepared: Prepared, config: Config, count: int) -> None:
-    stream = batches(prepared, config, split="train", start_step=10**6)
+    stream = batches(prepared, config, split="train", start_row=10**6 * config.train.batch)
     _, wall, _ = timed(lambda: next(stream))
     print(f"first batch, a million steps on: {wall:.2f} s")
     found, wall, cpu = timed(lambda: list(itertools.islice(stream, count)))

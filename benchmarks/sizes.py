@@ -103,7 +103,7 @@ def learned_rows(rows: int, context: int, steps: int) -> np.ndarray:
     config = load(CONFIGS / "tiny.py")
     found: list[np.ndarray] = []
     wanted = steps * rows * context
-    for batch in batches(prepare(config), config, split="train", start_step=0):
+    for batch in batches(prepare(config), config, split="train", start_row=0):
         found.append(batch.tokens[batch.segment_ids > 0])
         if sum(len(part) for part in found) >= wanted:
             break

@@ -42,7 +42,13 @@ def get_config() -> Config:
         data=DataConfig(
             root="$DREAMER_DATA",
             sources=(
-                Source("gsm8k", weight=0.5, train=("gsm8k/train.jsonl",), validation=("gsm8k/test.jsonl",)),
+                Source(
+                    "gsm8k",
+                    weight=0.5,
+                    train=("gsm8k/train.jsonl",),
+                    validation=("gsm8k/test.jsonl",),
+                    remove=r"<<[^<>]*>>",  # its calculator's marks
+                ),
                 Source(
                     "math",
                     weight=0.5,

@@ -56,7 +56,12 @@ def get_config() -> Config:
         ),
         data=DataConfig(
             sources=(
-                Source(name="gsm8k", train=("gsm8k/train.jsonl",), validation=("gsm8k/test.jsonl",)),
+                Source(
+                    name="gsm8k",
+                    train=("gsm8k/train.jsonl",),
+                    validation=("gsm8k/test.jsonl",),
+                    remove=r"<<[^<>]*>>",  # its calculator's marks
+                ),
                 Source(
                     name="math",
                     train=("math/train.jsonl",),

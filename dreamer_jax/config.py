@@ -1,83 +1,158 @@
-"""The configuration: frozen dataclasses, checked across fields, read from a Python file and the command line.
+"""The configuration: frozen dataclasses, checked by their annotations, of a Python file and the command line.
 
 A config file defines `get_config() -> Config`; any key can be overridden as `--section.key value`. The resolved
 config is plain JSON inside every checkpoint.
 """
 
+import contextlib
 import dataclasses
-import difflib
+import inspect
+import io
 import json
+import re
 import runpy
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, is_dataclass, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import AfterValidator, Field, model_validator
 
-from dreamer_jax.dimensions.base import ConfigError as ConfigError
 from dreamer_jax.dimensions.base import RouterConfig as RouterConfig
-from dreamer_jax.dimensions.base import require as _require
+from dreamer_jax.model_config import FLAT_KEYS, ModelConfig
 from dreamer_jax.model_config import DepthAttentionConfig as DepthAttentionConfig
 from dreamer_jax.model_config import ExpertAttentionConfig as ExpertAttentionConfig
 from dreamer_jax.model_config import LatentAttentionConfig as LatentAttentionConfig
-from dreamer_jax.model_config import ModelConfig, migrated
 from dreamer_jax.model_config import ParameterAttentionConfig as ParameterAttentionConfig
 from dreamer_jax.model_config import SequenceAttentionConfig as SequenceAttentionConfig
+from dreamer_jax.values import (
+    LIST,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Share,
+    Text,
+    Word,
+    Words,
+    allowed,
+    annotations,
+    bare,
+    from_dict,
+    keys_of,
+    renewed,
+    require,
+    section,
+    shown,
+)
+from dreamer_jax.values import ConfigError as ConfigError
+
+CALCULATOR_MARKS = r"<<[^<>]*>>"
+"""What version 0.1 took out of all documents of files: GSM8K's answers have them."""
+UNREADABLE = "[]*?"
+"""Characters of paths under which checkpoints cannot be read: the library takes the path for a pattern."""
 
 
-@dataclass(frozen=True)
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return pattern
+
+
+def _is_short(name: str) -> str:
+    if len(name.encode()) > 255:
+        raise ValueError("is longer than file systems allow, which is 255 bytes")
+    return name
+
+
+def _is_axis(size: int) -> int:
+    if size == 0:
+        raise ValueError  # the field says what is allowed
+    return size
+
+
+RunName = Annotated[
+    str,
+    Field(
+        pattern=r"^[^\x00-\x20\x7f/\[\]*?.-]([^\x00-\x1f\x7f/\[\]*?]{0,198}[^\x00-\x20\x7f/\[\]*?])?$",
+        description="a folder name of 1 to 200 characters, none of / [ ] * ?, no - or . in front, no space at the ends",
+    ),
+    AfterValidator(_is_short),
+]
+SourceName = Annotated[
+    str,
+    Field(
+        pattern="^[a-z][a-z0-9_]{0,99}$",
+        description="a name of small letters, digits and _, with a letter in front, at most 100 characters",
+    ),
+]
+Rows = Annotated[int, Field(ge=1, le=2**20)]
+"""In a step: more than any machine computes, and few enough to try their divisors."""
+AxisSize = Annotated[
+    int,
+    Field(ge=-1, le=2**20, description="a whole number from 1 to 1048576, or -1 for all that are left"),
+    AfterValidator(_is_axis),
+]
+
+
+@section("data.sources", label="name")
 class Source:
     """One set of documents: JSON-lines files under `data.root`, or reasoning-gym tasks, which need no files."""
 
-    name: str
+    name: SourceName
     """Name of the set in reports and of its folder among the prepared."""
-    weight: float = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Share of the packed rows, hence of the tokens, relative to the other sources."""
-    train: tuple[str, ...] = ()
+    train: Words = ()
     """JSON-lines files of training documents, relative to data.root."""
-    validation: tuple[str, ...] = ()
+    validation: Words = ()
     """JSON-lines files of held-out documents, relative to data.root."""
-    prompt_field: str = "question"
+    prompt_field: Word = "question"
     """Field that holds the prompt."""
-    response_field: str = "answer"
+    response_field: Word = "answer"
     """Field that holds the response."""
-    tasks: tuple[str, ...] = ()
+    tasks: Words = ()
     """reasoning-gym tasks to generate, instead of files."""
-    documents_per_task: int = 0
+    documents_per_task: CountOrZero = 0
     """Training documents generated for each task; a tenth as many are held out."""
-    remove: str = ""
+    remove: Annotated[Text, AfterValidator(_compiles)] = ""
     """Regular expression; what it matches is taken out of prompts and responses: r"<<[^<>]*>>" for GSM8K's marks."""
 
     def __post_init__(self) -> None:
         """A source has files or tasks, not both."""
-        _require(self.weight > 0, f"data source '{self.name}': weight = {self.weight} must be positive")
-        _require(
+        require(
             bool(self.train) != bool(self.tasks),
             f"data source '{self.name}': give either train files or reasoning-gym tasks",
         )
-        _require(
+        require(
             not self.tasks or self.documents_per_task > 0,
             f"data source '{self.name}': documents_per_task must be positive for generated tasks",
         )
 
 
-@dataclass(frozen=True)
+@section("data")
 class DataConfig:
     """Documents, tokenizer and packing."""
 
-    sources: tuple[Source, ...] = ()
+    sources: Annotated[tuple[Source, ...], LIST] = ()
     """The mixture."""
-    root: str = ""
+    root: Text = ""
     """Folder of the raw files; may begin with ~ or name an environment variable ($DATA)."""
-    prepared: str = "~/.cache/dreamer_jax"
+    prepared: Word = "~/.cache/dreamer_jax"
     """Folder of prepared datasets and trained tokenizers, one sub-folder for each distinct preparation."""
-    tokenizer: str = "train"
+    tokenizer: Word = "train"
     """'train' (SentencePiece BPE on the training documents, model.vocab entries), or a path to a SentencePiece
     .model or a Hugging Face tokenizer.json."""
-    context: int = 512
+    special_tokens: Words = ()
+    """Names of the tokens that begin and end a document, where a given tokenizer has uncommon ones: two, or one for
+    both."""
+    context: Annotated[int, Field(ge=2, le=2**24)] = 512
     """T: tokens in a packed row."""
     response_only: bool = False
     """Take the loss on responses alone, not on prompts."""
@@ -85,48 +160,52 @@ class DataConfig:
     """A row that is not JSON or lacks a field: stop, or skip it, count it and report the count."""
     long_documents: Literal["error", "skip"] = "skip"
     """A document longer than the context: stop, or skip it, count it and report the count."""
-    prefetch: int = 4
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = 4
     """Batches prepared ahead of the step that uses them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_keys(cls, values: Any) -> Any:
+        return renewed(values, _data_of_older_keys)
 
     def __post_init__(self) -> None:
         """Check what no single key shows."""
-        _require(self.context >= 2, f"data.context = {self.context}: a row needs at least two tokens")
         names = [source.name for source in self.sources]
-        _require(len(set(names)) == len(names), f"data.sources: names are not distinct: {names}")
+        require(len(set(names)) == len(names), f"data.sources: names are not distinct: {names}")
 
 
-@dataclass(frozen=True)
+@section("optimizer")
 class OptimizerConfig:
     """AdamW and router balancing (Table 3)."""
 
-    learning_rate: float = 4e-4
+    learning_rate: Positive = 4e-4
     """Constant after the warm-up."""
-    warmup_steps: int = 500
-    """Steps of linear warm-up from zero."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 1e-3
+    warmup_steps: CountOrZero = 500
+    """Steps of linear warm-up from zero; 0 for none."""
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 1e-3
     """Decoupled; on matrices only, never on norms or router biases."""
-    gradient_clip: float = 0.5
-    """Largest global norm of the gradient."""
-    expert_bias_rate: float = 1e-3
+    gradient_clip: NonNegative = 0.5
+    """Largest global norm of the gradient; 0 leaves the gradient as it is."""
+    expert_bias_rate: NonNegative = 1e-3
     """Eq. 3's rate for EA's router bias."""
-    attention_bias_rate: float = 1e-2
+    attention_bias_rate: NonNegative = 1e-2
     """Eq. 3's rate for the attention MoEs' router biases."""
 
 
-@dataclass(frozen=True)
+@section("train")
 class TrainConfig:
     """The run."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    batch: int = 32
+    batch: Rows = 32
     """Packed rows in an optimizer step, over all devices and microbatches."""
-    microbatches: int = 1
+    microbatches: Rows = 1
     """Parts that a batch is split into; their gradients and expert counts are summed before the one update."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Initialisation and data order."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type. Parameters and optimizer state are float32 in either case."""
@@ -134,24 +213,22 @@ class TrainConfig:
     """What the backward pass recomputes: 'none': nothing. 'full': every layer, from its input. 'selective': all but
     SA's outputs. 'products': no matrix product either (in plain JAX but those of experts and of the routers' logits).
     Routing decisions are never recomputed."""
-    max_bad_steps: int = 10
+    max_bad_steps: Count = 10
     """Consecutive steps with a non-finite loss or gradient (each is skipped and counted) before the run stops."""
-    validate_every: int = 200
+    validate_every: CountOrZero = 200
     """Steps between measurements of the held-out loss; 0 for the end of the run only."""
-    validation_batches: int = 8
+    validation_batches: Count = 8
     """Batches of held-out rows in one measurement."""
 
     def __post_init__(self) -> None:
         """Check what no single key shows."""
-        for key in ("steps", "batch", "microbatches", "max_bad_steps", "validation_batches"):
-            _require(getattr(self, key) >= 1, f"train.{key} = {getattr(self, key)}: must be at least 1")
-        _require(
+        require(
             self.batch % self.microbatches == 0,
             f"train.batch = {self.batch} is not a multiple of train.microbatches = {self.microbatches}",
         )
 
 
-@dataclass(frozen=True)
+@section("kernels")
 class KernelConfig:
     """How operations are computed; 'auto' chooses by platform."""
 
@@ -161,82 +238,71 @@ class KernelConfig:
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"
     """How rows travel to the devices that hold their experts (mesh.expert > 1)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_keys(cls, values: Any) -> Any:
+        return renewed(values, _kernels_of_older_keys)
 
-@dataclass(frozen=True)
+
+@section("mesh")
 class MeshConfig:
     """Devices along each mesh axis; -1 takes all that are left."""
 
-    data: int = -1
+    data: AxisSize = -1
     """Copies of the model. Like the other axes, it splits the batch."""
-    fsdp: int = 1
+    fsdp: AxisSize = 1
     """Devices that share out parameters and optimizer state between steps, and gather them once per step."""
-    expert: int = 1
+    expert: AxisSize = 1
     """Devices that share out the experts: tokens travel to them at every depth."""
 
     def __post_init__(self) -> None:
         """Check what no single key shows."""
-        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert}
-        for axis, size in sizes.items():
-            _require(size == -1 or size >= 1, f"mesh.{axis} = {size}: must be at least 1, or -1 for all that are left")
-        _require(list(sizes.values()).count(-1) <= 1, "mesh: only one axis can be -1")
+        require((self.data, self.fsdp, self.expert).count(-1) <= 1, "mesh: only one axis can be -1")
 
 
-@dataclass(frozen=True)
+@section("checkpoint")
 class CheckpointConfig:
     """What is kept of a run."""
 
-    every: int = 200
+    every: Count = 200
     """Steps between checkpoints (one is written at the end and on SIGTERM in any case)."""
-    keep: int = 3
+    keep: Count = 3
     """Newest checkpoints to keep."""
 
-    def __post_init__(self) -> None:
-        """Check what no single key shows."""
-        _require(self.every >= 1 and self.keep >= 1, "checkpoint.every and checkpoint.keep must be at least 1")
 
-
-@dataclass(frozen=True)
+@section("log")
 class LogConfig:
     """What a run reports, and where."""
 
-    every: int = 10
+    every: Count = 10
     """Steps between records in metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
     wandb: bool = False
     """Also report to Weights & Biases (needs the wandb extra)."""
-    project: str = "dreamer-jax"
+    project: Word = "dreamer-jax"
     """Weights & Biases project."""
-    sample_prompt: str = ""
+    sample_prompt: Text = ""
     """Prompt answered at the end of training; empty for the first held-out prompt."""
 
-    def __post_init__(self) -> None:
-        """Check what no single key shows."""
-        _require(self.every >= 1, f"log.every = {self.every}: must be at least 1")
 
-
-@dataclass(frozen=True)
+@section("distributed")
 class DistributedConfig:
     """How soon a run of many processes notices that one of them fails."""
 
-    heartbeat_s: int = 10
+    heartbeat_s: Annotated[int, Field(ge=2, le=86_400)] = 10
     """Seconds without a sign of life after which a process counts as dead, and all others end."""
-    hang_s: int = 600
+    hang_s: Annotated[int, Field(ge=0, le=10_000_000)] = 600
     """Seconds without a finished step after which a process shows where it is and ends; ten times as many for what
     compiles or writes much (first step, validation, checkpoints). 0 never ends it, for debuggers."""
 
-    def __post_init__(self) -> None:
-        """Check what no single key shows."""
-        _require(self.heartbeat_s >= 2, f"distributed.heartbeat_s = {self.heartbeat_s}: must be at least 2")
-        _require(self.hang_s >= 0, f"distributed.hang_s = {self.hang_s}: must be 0 (never) or more")
 
-
-@dataclass(frozen=True)
+@section("")
 class Config:
     """Everything about a run."""
 
-    name: str
+    name: RunName
     """Name of the run; its folder is out/name."""
-    out: str = "runs"
+    out: Word = "runs"
     """Folder of runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -251,7 +317,7 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """The folder of this run."""
-        return Path(self.out).expanduser() / self.name
+        return user_path(self.out, "out") / self.name
 
     @property
     def tokens_per_step(self) -> int:
@@ -259,70 +325,256 @@ class Config:
         return self.train.batch * self.data.context
 
 
+def user_path(path: str | Path, key: str) -> Path:
+    """A path whose ~ is replaced by a home.
+
+    Args:
+        path: as a user gives it.
+        key: what names it in errors: "out", "--checkpoint".
+
+    Raises:
+        ConfigError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{key} {shown(str(path))}: there is no such home folder; write the whole path") from None
+
+
+def readable_path(path: Path, key: str) -> Path:
+    """The path, if checkpoints under it can be read.
+
+    Raises:
+        ConfigError: it, or a folder above it, has a character that file patterns use.
+    """
+    whole = user_path(path, key).absolute()
+    wrong = sorted(set(str(whole)) & set(UNREADABLE))
+    require(
+        not wrong,
+        f"{key}: checkpoints under '{whole}' could not be read, for it has {' '.join(wrong)} in it; give another path",
+    )
+    return path
+
+
+def check_run_path(config: Config) -> None:
+    """Raise ConfigError if checkpoints in the run's folder could not be read."""
+    readable_path(config.run_dir, "out")
+
+
+# Configs of version 0.1
+
+
+def _kernels_of_older_keys(keys: dict[str, Any], stored: bool) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in ("attention", "grouped_matmul")}
+
+
+def _data_of_older_keys(keys: dict[str, Any], stored: bool) -> dict[str, Any]:
+    if "cache" in keys:
+        keys = {"prepared": keys["cache"], **{key: value for key, value in keys.items() if key != "cache"}}
+    sources = keys.get("sources", ())
+    of_today = isinstance(sources, list | tuple) and any(isinstance(s, dict) and "remove" in s for s in sources)
+    if of_today or not isinstance(sources, list | tuple):
+        return keys
+    # A Python file without the key may be of today; a stored config without it is of the time before the key.
+    marks = keys.get("calculator_marks", "drop" if stored else "keep")
+    require(marks in ("drop", "keep"), f"data.calculator_marks = {shown(marks)}: must be one of 'drop', 'keep'")
+    if marks == "drop":
+        keys = {**keys, "sources": [_without_marks(source) for source in sources]}
+    return {key: value for key, value in keys.items() if key != "calculator_marks"}
+
+
+def _without_marks(source: Any) -> Any:
+    """A source of version 0.1 whose files' calculator marks are taken out; another one as it is."""
+    if isinstance(source, Source):
+        return replace(source, remove=CALCULATOR_MARKS) if source.train and not source.remove else source
+    return {**source, "remove": CALCULATOR_MARKS} if isinstance(source, dict) and source.get("train") else source
+
+
+# Files and the command line
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `get_config()` of a Python file, then apply `--section.key value` overrides.
 
     Raises:
-        ConfigError: the file is absent, defines no get_config, or holds a value that does not fit.
-        SystemExit: an override names an unknown key (the nearest is named) or has the wrong type.
+        ConfigError: the file is absent, cannot be run, gives no config, or a value does not fit. One line.
+        SystemExit: an override names an unknown key (the nearest is named) or is no value of its type.
     """
-    path = Path(path)
-    _require(path.is_file(), f"config file '{path}' does not exist (configs/ holds the ones that ship)")
-    namespace = runpy.run_path(str(path))
-    _require("get_config" in namespace, f"config file '{path}' defines no get_config()")
-    config = namespace["get_config"]()
-    _require(isinstance(config, Config), f"get_config() of '{path}' returned {type(config).__name__}, not Config")
-    return tyro.cli(Config, default=config, args=list(overrides), prog=f"--config {path}") if overrides else config
+    path = user_path(path, "config file")
+    config = _from_file(path)
+    return _overridden(config, overrides, f"--config {path}") if overrides else config
 
 
 def to_json(config: Config) -> str:
     """The resolved config as JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str | bytes) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-        ConfigError: an unknown key (the nearest is named) or a value of the wrong type.
+        ConfigError: no JSON; an unknown key (the nearest is named), a missing one, or a value that does not fit.
     """
-    return from_dict(Config, json.loads(text))
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+        values = json.loads(decoded.removeprefix("\ufeff"), object_pairs_hook=_distinct)
+    except ConfigError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise ConfigError("config: nests too deep") from None
+    except ValueError as error:
+        raise ConfigError(f"config: not JSON: {error}") from None
+    return from_dict(Config, values)
 
 
-def from_dict(cls: Any, values: dict[str, Any], where: str = "") -> Any:
-    """Build dataclass `cls` from nested dicts and lists; `where` prefixes the keys in errors."""
-    if cls is ModelConfig:
-        values = migrated(values)
-    elif cls is KernelConfig:
-        values = {key: value for key, value in values.items() if key not in ("attention", "grouped_matmul")}
-    elif cls is DataConfig and "cache" in values:
-        values = {"prepared": values["cache"], **{key: value for key, value in values.items() if key != "cache"}}
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        nearest = difflib.get_close_matches(key, known, n=1)
-        _require(
-            key in known, f"unknown key '{where}{key}'" + (f"; did you mean '{where}{nearest[0]}'?" if nearest else "")
-        )
-    kinds = typing.get_type_hints(cls)
-    return cls(**{key: _value(kinds[key], value, where + key) for key, value in values.items()})
+def model_from_dict(values: Any) -> ModelConfig:
+    """The model section of a stored config.
+
+    Raises:
+        ConfigError: as `from_json`.
+    """
+    return from_dict(ModelConfig, values, "model")
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a nested dataclass, a tuple, a literal or a scalar."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), f"{where}: expected a section, found {value!r}")
-        return from_dict(kind, value, where + ".")
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where}: expected a list, found {value!r}")
-        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Literal:
-        _require(value in args, f"{where} = {value!r}: must be one of {', '.join(map(repr, args))}")
-        return value
-    if origin is types.UnionType:
-        return value if value is None else _value(args[0], value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    _require(fits, f"{where} = {value!r}: expected {kind.__name__}, found {type(value).__name__}")
-    return value
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"config: key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return values
+
+
+def _from_file(path: Path) -> Config:
+    """What get_config() of a file gives."""
+    try:
+        require(not path.is_dir(), f"config file '{path}' is a folder; give a file in it")
+        require(path.is_file(), f"config file '{path}' does not exist (configs/ holds the ones that ship)")
+        before, nul, _ = path.read_bytes().partition(b"\0")
+        line = before.count(b"\n") + 1
+        require(not nul, f"config file '{path}', line {line}: there is a NUL byte; the file is no text, or damaged")
+        namespace = runpy.run_path(str(path))
+        require("get_config" in namespace, f"config file '{path}' defines no get_config()")
+        config = _called(namespace["get_config"], f"get_config() of '{path}'")
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_fault_of_file(error, path)) from error
+    _check_storable(config, f"get_config() of '{path}'")
+    return config
+
+
+def _called(get_config: Any, name: str) -> Config:
+    require(callable(get_config), f"{name} is no function, but {shown(get_config)}")
+    try:
+        inspect.signature(get_config).bind()
+    except TypeError as error:
+        raise ConfigError(f"{name} is called without arguments: {error}") from None
+    config = get_config()
+    require(type(config) is Config, f"{name} returned {type(config).__name__}, not Config")
+    return config
+
+
+def _fault_of_file(error: BaseException, path: Path) -> str:
+    """What is wrong with a config file that raised this error, and in which line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    kind, said = type(error).__name__, str(error)
+    if isinstance(error, SystemExit):
+        kind, said = "it ends the program", "get_config() must return a Config"
+    elif isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, said = [error.lineno or 0], error.msg
+    line = f", line {lines[-1]}" if lines and lines[-1] else ""
+    said = " ".join(said.split())[:300]
+    return f"config file '{path}'{line}: {kind}{': ' if said else ''}{said}"
+
+
+def _check_storable(config: Config, name: str) -> None:
+    """A checkpoint would give the same config back."""
+    try:
+        stored = from_json(to_json(config))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: a checkpoint could not hold its config: {error}") from None
+    for key, ours, theirs in _differences(config, stored):
+        kinds = type(ours).__name__, type(theirs).__name__
+        raise ConfigError(f"{name}: {key} is of type {kinds[0]}, and would be of type {kinds[1]} after a checkpoint")
+
+
+def _differences(ours: Any, theirs: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in annotations(type(theirs)):
+        one, other = getattr(ours, key), getattr(theirs, key)
+        if is_dataclass(other) and type(one) is type(other):
+            yield from _differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}", one, other
+
+
+OLDER_OPTIONS = {
+    "data.cache": "data.prepared",
+    **{f"model.{key}": f"model.{'.'.join(place)}" for key, place in FLAT_KEYS.items()},
+}
+"""Keys of version 0.1 on the command line, and what they are now."""
+
+
+def _overridden(config: Config, overrides: Sequence[str], prog: str) -> Config:
+    keys = keys_of(Config)
+    for i, source in enumerate(config.data.sources):
+        keys |= keys_of(type(source), f"data.sources.{i}.")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            made = tyro.cli(Config, default=config, args=_plain_options(overrides, keys), prog=prog)
+    except SystemExit as ended:
+        _raise_config_error(ended)  # in a line, in place of tyro's box
+        sys.stderr.write(said.getvalue())
+        raise
+    sys.stderr.write(said.getvalue())
+    return made
+
+
+def _raise_config_error(ended: BaseException) -> None:
+    """Raise the ConfigError for which tyro ended the program, if it is for one."""
+    cause = ended.__context__
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            raise ConfigError(str(cause)) from None
+        cause = cause.__context__
+
+
+def _plain_options(given: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
+    """Overrides as tyro takes them: flags without a value, whole numbers in digits, keys of today."""
+    plain: list[str] = []
+    rest = list(reversed(given))
+    while rest:
+        option, equals, value = rest.pop().partition("=")
+        key = option.removeprefix("--").replace("-", "_") if option.startswith("--") else ""
+        if key in OLDER_OPTIONS:
+            key = OLDER_OPTIONS[key]
+            option = f"--{key}"
+        kind, _ = bare(keys.get(key))
+        follows = bool(rest) and not equals
+        if kind is bool and (equals or (follows and rest[-1].lower() in ("true", "false"))):
+            plain.append(_flag(option, key, value if equals else rest.pop()))
+        elif kind is int and (equals or follows):
+            plain += [option, _digits(key, value if equals else rest.pop(), keys[key])]
+        else:
+            plain.append(f"{option}{equals}{value}")
+    return plain
+
+
+def _flag(option: str, key: str, value: str) -> str:
+    require(value.lower() in ("true", "false"), f"{key} = {shown(value)}: must be True or False")
+    where, _, name = option.rpartition(".")
+    return option if value.lower() == "true" else f"{where}.no-{name}"
+
+
+def _digits(key: str, text: str, annotation: Any) -> str:
+    """10000 for 1e4; what is no number at all, as it is."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return text
+    whole = number.is_finite() and number.adjusted() < 20 and number == number.to_integral_value()
+    require(whole, f"{key} = {text}: must be {allowed(annotation)}")
+    return str(int(number))

@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 from dreamer_jax.errors import DreamerError
 
@@ -115,7 +115,7 @@ def steady_environment() -> None:
 class Unbreakable:
     """A stream whose reader may leave, or whose disk may fill: then the rest is dropped, and nothing is raised."""
 
-    def __init__(self, stream: IO[str]):
+    def __init__(self, stream: Any):
         """Stands for `stream`."""
         self._stream, self.broken = stream, False
 
@@ -145,6 +145,7 @@ class Unbreakable:
 @contextlib.contextmanager
 def unbreakable_output() -> Any:
     """Within it, printing never raises: a run is worth more than its output."""
+    steady_environment()
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Unbreakable(kept[0]), Unbreakable(kept[1])  # type: ignore[assignment]
     try:

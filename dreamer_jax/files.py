@@ -19,7 +19,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fchmod(descriptor, 0o666 & ~_umask())
+            os.fchmod(descriptor, 0o666 & ~umask())
             os.fsync(descriptor)
         os.replace(draft, path)
     except BaseException:
@@ -37,7 +37,8 @@ def open_without_links(path: Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT, 0o666)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The rights that new files of this process lack."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from dreamer_jax.door import guarded
+
 if TYPE_CHECKING:
     from dreamer_jax.data.tokenizer import Tokenizer
 
@@ -39,13 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, generate, report."""
     given = sys.argv[1:] if arguments is None else arguments
     parsed = tyro.cli(tyro.conf.UseAppendAction[Arguments], args=given, prog="python -m dreamer_jax.generate")
-    try:
-        return run(parsed)
-    except (ValueError, RuntimeError) as error:
-        if not type(error).__module__.startswith("dreamer_jax."):  # a bug keeps its traceback
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return guarded(lambda: run(parsed), doing="--checkpoint")
 
 
 def run(arguments: Arguments) -> int:
@@ -59,10 +55,14 @@ def run(arguments: Arguments) -> int:
     from dreamer_jax.training.checkpoint import load_model
 
     sampling = Sampling(arguments.temperature, arguments.top_p)
+    engine.check_request(arguments.max_tokens, arguments.seed)
     if not arguments.prompt or not all(prompt.strip() for prompt in arguments.prompt):
         raise GenerationError('a prompt is empty or absent: give --prompt "..."')
+    for text in (*arguments.prompt, *arguments.stop):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise GenerationError(f"{text[:40]!a} is not UTF-8 text: give the prompt and the stops in UTF-8")
     loaded = load_model(arguments.checkpoint)
-    tokenizer = load_tokenizer(loaded.known_tokenizer)
+    tokenizer = load_tokenizer(loaded.known_tokenizer, loaded.config.data.special_tokens)
     prompts = [[tokenizer.bos, *tokenizer.encode(render_prompt(prompt))] for prompt in arguments.prompt]
     _warn_of_length(max(map(len, prompts)), arguments.max_tokens, loaded.config.data.context)
     answers = Answers(tokenizer, arguments.prompt, arguments.stop)

@@ -138,7 +138,8 @@ def load(folder: str | Path, *, dtype: DTypeLike = jnp.float32, tokenizer: str |
     if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
         config, arrays, merged = convert.load_safetensors(folder)
         file = Path(tokenizer) if tokenizer else find_tokenizer(folder)
-        return _held(convert.build(config, arrays, merged=merged), dtype, file, None)
+        run = convert.run_of_export(folder)
+        return _held(convert.build(config, arrays, merged=merged), dtype, file, run)
     loaded = load_model(folder)
     return _held(loaded.model, dtype, Path(tokenizer) if tokenizer else loaded.tokenizer_path, loaded.config)
 
@@ -162,7 +163,8 @@ def build(
 
 
 def _held(model: Dreamer, dtype: DTypeLike, tokenizer: Path | None, run: Config | None) -> LanguageModel:
-    read = None if tokenizer is None else load_tokenizer(tokenizer)
+    names = run.data.special_tokens if run else ()
+    read = None if tokenizer is None else load_tokenizer(tokenizer, names)
     return LanguageModel(model, Compute.fastest(dtype), read, tokenizer, run)
 
 

@@ -5,18 +5,21 @@ The name of a section's field is the name of its dimension.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields, is_dataclass, replace
 from typing import Any
 
-from dreamer_jax.dimensions.base import Dimension, Shape, Weight, check_depth_rope, require
+from pydantic import model_validator
+
+from dreamer_jax.dimensions.base import Dimension, RouterConfig, Shape, Weight, require
 from dreamer_jax.dimensions.depth import DepthAttentionConfig
 from dreamer_jax.dimensions.expert import ExpertAttentionConfig
 from dreamer_jax.dimensions.latent import LatentAttentionConfig
 from dreamer_jax.dimensions.parameter import ParameterAttentionConfig
 from dreamer_jax.dimensions.sequence import SequenceAttentionConfig
+from dreamer_jax.values import renewed, section
 
 
-@dataclass(frozen=True)
+@section("model")
 class ModelConfig(Shape):
     """The model's shape (sections 3.3 to 3.7; Table 3)."""
 
@@ -26,25 +29,22 @@ class ModelConfig(Shape):
     latent: LatentAttentionConfig = field(default_factory=LatentAttentionConfig)
     parameter: ParameterAttentionConfig = field(default_factory=ParameterAttentionConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_keys(cls, values: Any) -> Any:
+        return renewed(values, migrated)
+
     def __post_init__(self) -> None:
         """Check what no single key shows."""
-        for key in ("depth", "width", "vocab"):
-            require(getattr(self, key) >= 1, f"model.{key} = {getattr(self, key)}: must be at least 1")
-        require(self.router.size >= 1, f"model.router.size = {self.router.size}: must be at least 1")
-        check_depth_rope("model.router.size", self.router.size)
-        require(
-            self.router.attention_experts >= 0,
-            f"model.router.attention_experts = {self.router.attention_experts}: must be 0 (one for each depth) or more",
-        )
-        for section in known_dimensions(self).values():
-            section.check(self)
+        for dimension in known_dimensions(self).values():
+            dimension.check(self)
         _check_mixture(self)
 
     @property
     def dimensions(self) -> dict[str, Dimension]:
         """The sections of the dimensions in the mixture, in the order of the sections."""
         present = {member.name for group in self.groups for member in group}
-        return {name: section for name, section in known_dimensions(self).items() if name in present}
+        return {name: dimension for name, dimension in known_dimensions(self).items() if name in present}
 
     @property
     def depth_attention(self) -> bool:
@@ -74,8 +74,8 @@ class ModelConfig(Shape):
 
 def known_dimensions(model: ModelConfig) -> dict[str, Dimension]:
     """All sections that are attention dimensions, in the mixture or not."""
-    sections = {f.name: getattr(model, f.name) for f in fields(model)}
-    return {name: section for name, section in sections.items() if isinstance(section, Dimension)}
+    values = {f.name: getattr(model, f.name) for f in fields(model)}
+    return {name: value for name, value in values.items() if isinstance(value, Dimension)}
 
 
 def _check_mixture(model: ModelConfig) -> None:
@@ -94,8 +94,7 @@ def _check_mixture(model: ModelConfig) -> None:
         )
 
 
-# Configs of version 0.1 had all keys of the model on one level.
-_FLAT = {
+FLAT_KEYS = {
     **{key: ("sa", key) for key in ("query_heads", "kv_heads", "head_size", "rope_base")},
     "da_heads": ("da", "query_heads"),
     "da_kv_heads": ("da", "kv_heads"),
@@ -104,7 +103,13 @@ _FLAT = {
     "router_size": ("router", "size"),
     "attention_experts": ("router", "attention_experts"),
 }
-
+"""Version 0.1 had all keys of the model on one level: where they are now."""
+_SECTIONS = {
+    "sa": SequenceAttentionConfig,
+    "da": DepthAttentionConfig,
+    "ea": ExpertAttentionConfig,
+    "router": RouterConfig,
+}
 
 _FLAT_MIXTURES = {
     "sequential": ("da", "sa", "ea"),
@@ -113,23 +118,36 @@ _FLAT_MIXTURES = {
 }
 
 
-def migrated(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model section of a stored config, brought from an earlier form to today's.
+def migrated(model: Mapping[str, Any], stored: bool = True) -> dict[str, Any]:
+    """The keys of a model section, brought from an earlier form to today's.
+
+    Args:
+        model: the keys.
+        stored: as JSON has them, sections as dicts; else as a Python file gives them, sections as instances.
 
     Raises:
-        ConfigError: a mixture that there never was.
+        ConfigError: a mixture that there never was, or a value that a section of today does not take.
     """
-    values: dict[str, Any] = {key: value for key, value in model.items() if key not in _FLAT}
-    for key, (section, name) in _FLAT.items():
+    values: dict[str, Any] = {key: value for key, value in model.items() if key not in FLAT_KEYS}
+    for key, (name, inner) in FLAT_KEYS.items():
         if key in model:
-            values[section] = {**values.get(section, {}), name: model[key]}
-    if "depth_attention" in values or isinstance(values.get("mixture"), str):
-        with_da, old = values.pop("depth_attention", True), values.get("mixture", "attention_parallel")
-        known = isinstance(old, str) and old in _FLAT_MIXTURES
-        require(known, f"model.mixture = {old!r}: with model.depth_attention, one of {', '.join(_FLAT_MIXTURES)}")
+            values[name] = _with_key(values.get(name, {} if stored else _SECTIONS[name]()), inner, model[key])
+    old = values.get("mixture", "attention_parallel")
+    named = isinstance(old, str) and old in _FLAT_MIXTURES
+    if "depth_attention" in values or ("mixture" in values and named):
+        with_da = values.pop("depth_attention", True)
+        require(isinstance(with_da, bool), f"model.depth_attention = {with_da!r}: must be True or False")
+        require(named, f"model.mixture = {old!r}: with model.depth_attention, one of {', '.join(_FLAT_MIXTURES)}")
         groups = _FLAT_MIXTURES[old]
         values["mixture"] = groups if with_da else _without_da(groups)
     return values
+
+
+def _with_key(values: Any, key: str, value: Any) -> Any:
+    """A section, as a dict or an instance, with another value; what is neither, as it is."""
+    if isinstance(values, Mapping):
+        return {**values, key: value}
+    return replace(values, **{key: value}) if is_dataclass(values) and not isinstance(values, type) else values
 
 
 def _without_da(groups: tuple[str, ...]) -> tuple[str, ...]:

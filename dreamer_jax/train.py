@@ -1,22 +1,24 @@
 """Train a model: `python -m dreamer_jax.train --config configs/tiny.py [--section.key value ...]`."""
 
+from dreamer_jax.kernels.native.huge_pages import restart_with_huge_pages
+from dreamer_jax.training.preemption import all_is_saved, early_signals, interrupted_code
+
+if __name__ == "__main__":  # before the imports that take time
+    early_signals()
+    restart_with_huge_pages()
+
 import argparse
-import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from dreamer_jax import config as configuration
-from dreamer_jax.config import Config, ConfigError
+from dreamer_jax.config import Config
 from dreamer_jax.distributed import joined
-from dreamer_jax.kernels.native.huge_pages import restart_with_huge_pages
+from dreamer_jax.door import guarded, unbreakable_output
 
 if TYPE_CHECKING:
     from dreamer_jax.training.loop import Summary
-
-INTERRUPTED_CODE = "DREAMER_INTERRUPTED_CODE"
-"""Environment: exit code of a run that a signal ended before its last step (0 without it). Launchers set it, to tell
-such a run from a finished one."""
 
 USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
 
@@ -27,14 +29,9 @@ The same command in every process of a cluster makes them one run (docs/processe
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train, report."""
-    try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        return run(config)
-    except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        if not _ours(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    given = sys.argv[1:] if arguments is None else arguments
+    with unbreakable_output():
+        return guarded(lambda: run(parse(given)), doing="out")
 
 
 def parse(arguments: list[str]) -> Config:
@@ -50,6 +47,7 @@ def parse(arguments: list[str]) -> Config:
 
 def run(config: Config) -> int:
     """Train and say what came of it."""
+    interrupted_code()  # a wrong one is refused now
     started = time.monotonic()
     with joined(config.distributed) as group:
         from dreamer_jax.kernels.cores import use_cores  # late, so that --help and config errors do not wait for JAX
@@ -58,7 +56,8 @@ def run(config: Config) -> int:
         if group.count == 1:
             use_cores(config)
         summary = train(config, group)
-    code = int(os.environ.get(INTERRUPTED_CODE, "0")) if summary.stopped_by else 0
+    code = interrupted_code() if summary.stopped_by else 0
+    all_is_saved(code)
     if group.index:
         return code  # the rest is process 0's, on its own
     minutes = (time.monotonic() - started) / 60
@@ -84,7 +83,7 @@ def sample(summary: "Summary") -> str:
     from dreamer_jax.inference.engine import generate
     from dreamer_jax.kernels.compute import Compute
 
-    tokenizer = load_tokenizer(summary.prepared.tokenizer)
+    tokenizer = load_tokenizer(summary.prepared.tokenizer, summary.config.data.special_tokens)
     source = summary.config.data.sources[0].name
     examples = summary.prepared.report["sources"][source]["examples"]
     prompt = summary.config.log.sample_prompt or (examples[0]["prompt"] if examples else "What is 12 + 30?")
@@ -95,11 +94,5 @@ def sample(summary: "Summary") -> str:
     return f"a held-out prompt and the model's answer:\n  {rendered}{tokenizer.decode(answer)}".replace("\n", "\n  ")
 
 
-def _ours(error: BaseException) -> bool:
-    """Errors with a message for the user; anything else is a bug and keeps its traceback."""
-    return type(error).__module__.startswith("dreamer_jax.")
-
-
 if __name__ == "__main__":
-    restart_with_huge_pages()
     sys.exit(main())

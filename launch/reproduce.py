@@ -26,16 +26,20 @@ from types import FrameType
 from typing import NamedTuple
 
 from dreamer_jax import config as configuration
+from dreamer_jax.door import guarded
+from dreamer_jax.errors import DreamerError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("la_1b", "dr_1b", "dr_da_1b", "la_2b", "dr_2b", "dr_da_2b")
 FIRST_LEG_TOKENS = 25e9
 TRAIN = f"{shlex.quote(sys.executable)} -m dreamer_jax.train"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""They ask a training to save and leave."""
 INTERRUPTED = 75
 """Exit code of a training that a signal ended, and of this command then."""
 
 
-class LegError(RuntimeError):
+class LegError(DreamerError, RuntimeError):
     """A leg that did not get to its end."""
 
     def __init__(self, message: str, code: int):
@@ -132,17 +136,18 @@ def take(leg: Leg, launcher: str, overrides: list[str], *, dry: bool = False) ->
 
 
 def run(command: list[str]) -> int:
-    """The exit code of a training; SIGTERM is passed on to it, however early it comes."""
+    """The exit code of a training; signals are passed on to it, however early they come."""
     asked: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: FrameType | None = None) -> None:
         asked.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C reaches all processes of a terminal
+        if number != signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
             for process in started:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # as nohup wants it
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         started.append(subprocess.Popen(command, env=os.environ | {"DREAMER_INTERRUPTED_CODE": str(INTERRUPTED)}))
         for number in set(asked):  # came while nothing was there to hear it
@@ -158,12 +163,13 @@ def run(command: list[str]) -> int:
 def validation_loss(leg: Leg) -> float | None:
     """The held-out loss at the end of a leg; None if it is not done, infinite if the loss is no number."""
     path = leg.run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # torn by a kill
-        if record["step"] == leg.steps and "validation/loss" in record:
+        if isinstance(record, dict) and record.get("step") == leg.steps and "validation/loss" in record:
             return math.inf if record["validation/loss"] is None else record["validation/loss"]
     return None
 
@@ -191,4 +197,4 @@ def verdict(p: Plan) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, doing="--launcher"))

@@ -9,6 +9,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${DREAMER_PYTHON:-python}
+if ! command -v "$python" >/dev/null; then
+    echo "no program '$python': set DREAMER_PYTHON to the python of the environment" >&2
+    exit 2
+fi
 
 case " $* " in
     *" --dry-run "* | *" --help "* | *" -h "*) exec "$python" launch/reproduce.py "$@" ;;

@@ -16,7 +16,7 @@ SURFACE = "__init__"
 """The package itself, and what it offers under its own name: dreamer_jax.load."""
 ORDER = (
     ("errors", "files"),
-    ("door",),
+    ("door", "values", "gathering"),
     ("dimensions",),
     ("model_config",),
     ("config",),

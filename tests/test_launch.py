@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreamer_jax.train import INTERRUPTED_CODE
+from dreamer_jax.training.preemption import INTERRUPTED_CODE
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dreamer_jax as dj
-from dreamer_jax.config import Config, from_json
+from dreamer_jax.config import CALCULATOR_MARKS, Config, from_json
 from dreamer_jax.training.loop import train
 from tests.training.toy import toy_config, with_model
 
@@ -44,6 +44,7 @@ def test_an_earlier_run_goes_on(old: Path, tmp_path: Path) -> None:
     kept = from_json((old / "run" / "config.json").read_text())
     assert isinstance(kept, Config)
     assert kept.model == config.model
+    assert [source.remove for source in kept.data.sources] == [CALCULATOR_MARKS]
     shutil.copytree(old / "run", config.run_dir)
     summary = train(replace(config, train=replace(config.train, batch=8)))
     assert summary.step == 3

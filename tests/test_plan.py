@@ -1,6 +1,7 @@
 """The plan door, called as a user would."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -91,13 +92,88 @@ def test_a_matched_config_is_written_and_loads(capsys, tmp_path) -> None:
     assert "exists and is not overwritten" in again[2]
 
 
+def test_without_a_file_for_it_a_matched_config_is_printed_alone(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(CONFIGS.iterdir())
+    code, out, err = run(capsys, "--config", BIG, "--match", str(CONFIGS / "la_2b.py"), "--model.ea.experts", "64")
+    assert code == 0
+    assert "searched over" in err
+    assert "fits" in err
+    assert (sorted(CONFIGS.iterdir()), list(tmp_path.iterdir())) == (before, [])
+    (tmp_path / "kept.py").write_text(out)
+    kept = load(tmp_path / "kept.py")
+    assert (kept.name, kept.model.ea.experts) == ("dr_da_2b_as_la_2b", 1097)
+
+
+def test_json_of_a_match_holds_the_text_or_the_file(capsys, tmp_path) -> None:
+    words = ("--config", BIG, "--match", str(CONFIGS / "la_2b.py"), "--json")
+    printed = json.loads(run(capsys, *words)[1])
+    assert "wrote" not in printed
+    (tmp_path / "kept.py").write_text(printed["sized"])
+    written = json.loads(run(capsys, *words, "--out", str(tmp_path / "sized.py"))[1])
+    assert written["wrote"] == str(tmp_path / "sized.py")
+    assert "sized" not in written
+    assert load(tmp_path / "kept.py").model == load(tmp_path / "sized.py").model
+
+
+def test_a_home_is_found_in_all_paths(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("dr_da_2b.py", "la_1b.py", "la_2b.py"):
+        (tmp_path / name).write_text((CONFIGS / name).read_text())
+    code, _, err = run(capsys, "--config", "~/dr_da_2b.py", "--match", "~/la_2b.py", "--out", "~/sized.py")
+    assert (code, err) == (0, "")
+    assert load(tmp_path / "sized.py").name == "sized"
+
+
+def test_a_refused_plan_writes_no_file(capsys, tmp_path) -> None:
+    file = tmp_path / "sized.py"
+    words = ("--config", BIG, "--match", str(CONFIGS / "la_2b.py"), "--out", str(file))
+    assert run(capsys, *words, "--mesh", "data=3")[0] == 1
+    assert not file.exists()
+
+
+def test_the_largest_sizes_that_a_config_may_have_are_planned_soon(capsys) -> None:
+    largest = {
+        "model.depth": 2**12, "model.width": 2**20, "model.vocab": 2**31, "model.ea.experts": 2**20,
+        "model.ea.expert-width": 2**20, "data.context": 2**24,
+    }  # fmt: skip
+    words = [word for key, size in largest.items() for word in (f"--{key}", str(size))]
+    started = time.process_time()
+    code, out, err = run(capsys, "--config", BIG, *words)
+    assert (code, err) == (0, "")
+    assert "makes it fit" in out
+    assert time.process_time() - started < 30
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "abacus"], "unknown device 'abacus'; known: "),
         (["--mesh", "pipeline=2"], "'pipeline=2' is not data=N, fsdp=N or expert=N"),
+        (["--mesh", "data=0"], "'data=0' is not data=N"),
+        (["--mesh", "data=-1"], "'data=-1' is not data=N"),
+        (["--mesh", "data=99999999"], "'data=99999999' is not data=N"),
+        (["--mesh", "data=²"], "'data=²' is not data=N"),
+        (["--mesh", "data=2000000"], "mesh.data = 2000000: must be a whole number from 1 to 1048576"),
+        (["--mesh", "data=2,data=4"], "data is given twice"),
+        (["--mesh", ""], "'' is not data=N"),
+        (["--mfu", "0"], "--mfu 0.0: must be above 0 and at most 1"),
+        (["--mfu", "1.5"], "--mfu 1.5: must be above 0 and at most 1"),
+        (["--mfu", "nan"], "--mfu nan: must be above 0 and at most 1"),
+        (["--match", BIG, "--tolerance", "1"], "--tolerance 1.0: must be at least 0 and below 1"),
+        (["--match", BIG, "--tolerance", "-0.1"], "--tolerance -0.1: must be at least 0 and below 1"),
+        (["--match", "absent.py"], "config file 'absent.py' does not exist"),
+        (["--match", BIG, "--out", "/absent/x.py"], "there is no folder '/absent' for 'x.py'"),
+        (["--match", BIG, "--out", "/tmp"], "'/tmp' is a folder"),
+        (["--match", BIG, "--out", "/tmp/[x].py"], "name = '[x]': must be a folder name"),
+        (["--out", "x.py"], "--out is the file for the config that --match sizes"),
+        (["--devise", "h200"], "unknown option '--devise'; did you mean '--device'?"),
+        (["--model.depth", "1000000000"], "model.depth = 1000000000: must be a whole number from 1 to 4096"),
         (["--mesh", "data=3"], "256 rows do not divide into 3 devices"),
         (["--topology", "h200"], "topology 'h200': give a TPU slice such as"),
+        (["--topology", ""], "unknown device ''; known: "),
+        (["--device", ""], "unknown device ''; known: "),
+        (["--topology", "nonsense"], "unknown device 'nonsense'; known: "),
     ],
 )
 def test_bad_input_is_refused_with_the_fix(capsys, arguments, message) -> None:

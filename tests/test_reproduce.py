@@ -196,3 +196,28 @@ def test_sigterm_reaches_a_training_that_is_only_being_started(monkeypatch, unhe
     monkeypatch.setattr(subprocess, "Popen", interrupted_popen)
     assert script.run(["bash", "-c", "sleep 5; exit 3"]) == 75
     assert unheard == []
+
+
+@pytest.mark.parametrize("name", ["HUP", "USR1"])
+def test_other_requests_to_stop_reach_the_training(name):
+    script = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+    before = signal.getsignal(signal.Signals[f"SIG{name}"])
+    assert script.run(["bash", "-c", f"trap 'exit 75' {name}; kill -{name} {os.getpid()}; sleep 20 & wait"]) == 75
+    assert signal.getsignal(signal.Signals[f"SIG{name}"]) == before
+
+
+def test_a_launcher_that_is_not_there_is_named(tmp_path):
+    command = [sys.executable, str(SCRIPT), *options(write_config(tmp_path)), "--launcher", "/no/launcher"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: '/no/launcher': No such file or directory"), ended.stderr
+
+
+def test_records_that_are_none_are_passed_over(tmp_path, reproduce):
+    path = write_config(tmp_path)
+    records(tmp_path, "toy_seed0", s4=1.5)
+    lines = tmp_path / "runs" / "toy_seed0" / "metrics.jsonl"
+    lines.write_bytes(b'4\n[]\n{"validation/loss": 2}\n\x00\xff\n' + lines.read_bytes())
+    plan = reproduce.plan(str(path), (0,), FIRST * configuration.load(path).tokens_per_step, [])
+    assert reproduce.validation_loss(plan.first[0]) == 1.5

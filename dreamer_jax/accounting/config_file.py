@@ -1,4 +1,4 @@
-"""A config file for a sized model: the file that it came from, with `replace` of what differs."""
+"""The text of a config file for a sized model: the file that it came from, with `replace` of what differs."""
 
 import dataclasses
 import json
@@ -28,51 +28,83 @@ from dreamer_jax.config import {imports}
 
 def get_config() -> Config:
     """What differs from {source}."""
-    source = Path(__file__).resolve().parent / {path}
+    source = {path}
     base = runpy.run_path(str(source))["get_config"]()
     return {replacement}
 '''
 
 
-def write_config(config: Config, baseline: Config, source: Path, file: Path) -> Config:
-    """Write `file`, whose get_config() gives `config`: what `source` gives but for the keys in which they differ.
+def config_text(
+    config: Config, baseline: Config, source: Path, file: Path, *, anywhere: bool = False
+) -> tuple[Config, str]:
+    """The text of a file whose get_config() gives `config`: what `source` gives but for the keys in which they differ.
 
     The run is named after the file, or the sized run would share its folder with that of `source`; a name that already
-    differs from the source's stays. `baseline` is what `config` was matched to, for the figures in the docstring.
+    differs from the source's stays.
+
+    Args:
+        config: what it gives.
+        baseline: what `config` was matched to, for the figures in the docstring.
+        source: the file that `config` came from.
+        file: where the text will be.
+        anywhere: the text finds `source` from any folder, but not once `source` is moved; else from that of `file`, and
+            both may be moved together.
 
     Returns:
-        The config in the file.
-
-    Raises:
-        ConfigError: `file` exists.
+        The config in the file, and its text.
     """
     base = load(source)
     named = dataclasses.replace(config, name=file.stem) if config.name == base.name else config
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with file.open("x", encoding="utf-8") as out:
-            out.write(_text(named, base, baseline, source, file))
-    except FileExistsError:
-        raise ConfigError(f"'{file}' exists and is not overwritten: choose another name") from None
-    return named
+    whole = source.resolve()
+    path = f"Path({_literal(whole.as_posix())})"
+    if not anywhere:
+        relative = Path(os.path.relpath(whole, file.parent.resolve())).as_posix()
+        path = f"Path(__file__).resolve().parent / {_literal(relative)}"
+    return named, _text(named, base, baseline, source, file, path)
 
 
-def _text(config: Config, base: Config, baseline: Config, source: Path, file: Path) -> str:
+def check_new(file: Path) -> None:
+    """Raise ConfigError if the file is there, or its folder is not."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"there is no folder '{file.parent}' for '{file.name}': make it, or give another")
+    if file.is_dir():
+        raise ConfigError(f"'{file}' is a folder: give a file in it")
+    if os.path.lexists(file):
+        raise ConfigError(f"'{file}' exists and is not overwritten: choose another name")
+
+
+def write_new(file: Path, text: str) -> None:
+    """Write a file that is not there.
+
+    Raises:
+        ConfigError: as `check_new`.
+    """
+    check_new(file)
+    with file.open("x", encoding="utf-8") as out:
+        try:
+            out.write(text)
+            out.flush()
+        except OSError:
+            file.unlink(missing_ok=True)  # half a config helps nobody, and would be in the way
+            raise
+
+
+def _text(config: Config, base: Config, baseline: Config, source: Path, file: Path, path: str) -> str:
     ours, theirs = parameters(config.model).total, parameters(baseline.model).total
     flops, baseline_flops = generated_flops(config.model).total, generated_flops(baseline.model).total
     return _TEMPLATE.format(
         variant=config.model.variant,
         depth=config.model.depth,
         billions=ours / 1e9,
-        source=source.name,
+        source=_in_docstring(source.name),
         baseline=baseline.name,
-        file=file.as_posix(),
+        file=_in_docstring(file.as_posix()),
         parameters=ours,
         more_parameters=ours / theirs - 1,
         gflops=flops / 1e9,
         more_flops=flops / baseline_flops - 1,
         imports="Config" if config.data.sources == base.data.sources else "Config, Source",
-        path=_literal(Path(os.path.relpath(source.resolve(), file.parent.resolve())).as_posix()),
+        path=path,
         replacement=_replacement(config, base, "base", "    "),
     )
 
@@ -88,6 +120,10 @@ def _replacement(value: Any, base: Any, expression: str, indent: str) -> str:
         inner = _replacement(getattr(value, name), getattr(base, name), f"{expression}.{name}", indent + "    ")
         lines.append(f"{indent}    {name}={inner},\n")
     return f"replace(\n{''.join(lines)}{indent})"
+
+
+def _in_docstring(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _literal(value: Any) -> str:

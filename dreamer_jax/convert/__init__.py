@@ -2,7 +2,7 @@
 
 from dreamer_jax.convert.model import Inspection, build, inspect, named_arrays
 from dreamer_jax.convert.names import WeightError, expected_shapes
-from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, unmerged
+from dreamer_jax.convert.safetensors import load_safetensors, run_of_export, save_safetensors, unmerged
 
 __all__ = [
     "Inspection",
@@ -12,6 +12,7 @@ __all__ = [
     "inspect",
     "load_safetensors",
     "named_arrays",
+    "run_of_export",
     "save_safetensors",
     "unmerged",
 ]

@@ -12,14 +12,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dreamer_jax.config import Config, ConfigError, ModelConfig, from_json, to_json
+from dreamer_jax.config import Config, ConfigError, ModelConfig, readable_path, to_json
 from dreamer_jax.convert.model import build, named_arrays
-from dreamer_jax.convert.safetensors import load_safetensors, save_safetensors, unmerged
+from dreamer_jax.convert.safetensors import (
+    CONFIG,
+    RUN_CONFIG,
+    WEIGHTS,
+    load_safetensors,
+    run_of_export,
+    save_safetensors,
+    unmerged,
+)
 from dreamer_jax.data.tokenizer import FILES, find_tokenizer, load_tokenizer
+from dreamer_jax.door import guarded
+from dreamer_jax.files import write_whole
 from dreamer_jax.training.checkpoint import load_model, save_model
-
-RUN_CONFIG = "run.json"
-"""The resolved config of the run that an export came from."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +51,32 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, report."""
     given = sys.argv[1:] if arguments is None else arguments
     parsed = tyro.cli(tyro.conf.FlagCreatePairsOff[Arguments], args=given, prog="python -m dreamer_jax.convert")
-    try:
-        return run(parsed)
-    except (ValueError, RuntimeError) as error:
-        if not type(error).__module__.startswith("dreamer_jax."):  # a bug keeps its traceback
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return guarded(lambda: run(parsed), doing="--out")
 
 
 def run(arguments: Arguments) -> int:
     """Convert in the direction that the arguments give."""
+    out = arguments.out.expanduser()
     if arguments.to and arguments.checkpoint and not (arguments.from_ or arguments.source):
-        return export(arguments.checkpoint, arguments.out, merged=arguments.merged)
+        return export(arguments.checkpoint.expanduser(), out, merged=arguments.merged)
     if arguments.from_ and arguments.source and not (arguments.to or arguments.checkpoint or arguments.merged):
-        return restore(arguments.source, arguments.out)
+        return restore(arguments.source.expanduser(), out)
     raise ConfigError(f"these arguments do not go together; use one of\n{(__doc__ or '').split('back.')[1].strip()}")
 
 
 def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     """Write a checkpoint's weights by their exchange names, with all that a reader needs."""
-    if (out / "checkpoints").is_dir():
-        raise ConfigError(f"'{out}' is a run folder; choose another --out")
+    _check_out(out)
     loaded = load_model(checkpoint)
     model = loaded.model.merged() if merged else loaded.model
     arrays = named_arrays(model)
+    _check_earlier(out, loaded.config)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", *FILES):  # of an export that was here before
         (out / name).unlink(missing_ok=True)
     if loaded.tokenizer_path is not None:
-        load_tokenizer(loaded.tokenizer_path).save(out)
-    (out / RUN_CONFIG).write_text(to_json(loaded.config))
+        load_tokenizer(loaded.tokenizer_path, loaded.config.data.special_tokens).save(out)
+    write_whole(out / RUN_CONFIG, to_json(loaded.config))
     save_safetensors(out, loaded.config.model, arrays, model.is_merged)  # last: what has a config.json is whole
     form = "merged" if model.is_merged else "original"
     count = sum(array.size for array in arrays.values())
@@ -84,8 +86,35 @@ def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     return 0
 
 
+def _check_out(out: Path) -> None:
+    """Raise ConfigError unless an export may be written there."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out '{out}' is a file; give a folder")
+    runs = [folder for folder in (out.absolute(), *out.absolute().parents) if _is_run(folder)]
+    if runs or (out / "checkpoints").is_dir():
+        raise ConfigError(f"--out '{out}' is a run folder, or lies inside of one; choose another --out")
+    if any((out / name).exists() for name in (CONFIG, WEIGHTS)) and not (out / RUN_CONFIG).is_file():
+        raise ConfigError(f"--out '{out}' holds a model that is no export of a run; choose another --out, or delete it")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() and (folder / "config.json").is_file()
+
+
+def _check_earlier(out: Path, config: Config) -> None:
+    """Raise ConfigError if there is an export of another model."""
+    earlier = run_of_export(out)
+    if earlier and (earlier.name, earlier.model) != (config.name, config.model):
+        raise ConfigError(
+            f"--out '{out}' has the export of the run '{earlier.name}'; choose another --out, or delete it"
+        )
+
+
 def restore(source: Path, out: Path) -> int:
     """Write a run folder whose first checkpoint, at step 0, has an export's weights."""
+    readable_path(out, "--out")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out '{out}' is a file; give a folder")
     config, arrays, merged = load_safetensors(source)
     tokenizer = find_tokenizer(source)
     if tokenizer is None:
@@ -94,6 +123,8 @@ def restore(source: Path, out: Path) -> int:
         print("note: merged weights compute the same with shared experts of zero, which they get", file=sys.stderr)
         arrays = unmerged(config, arrays)
     run_config = dataclasses.replace(config_of_run(source, config), name=out.name, out=str(out.parent))
+    if tokenizer is not None:
+        load_tokenizer(tokenizer, run_config.data.special_tokens)  # a damaged one is refused now
     save_model(out, run_config, build(config, arrays), tokenizer)
     print(f"wrote {out}: checkpoint 0 with {len(arrays)} arrays, config.json{', tokenizer' if tokenizer else ''}")
     print(f'next: python -m dreamer_jax.generate --checkpoint {out} --prompt "..."')
@@ -102,10 +133,8 @@ def restore(source: Path, out: Path) -> int:
 
 def config_of_run(source: Path, model: ModelConfig) -> Config:
     """The config of the run that was exported; if the export does not have it, the defaults around the model."""
-    file = source / RUN_CONFIG
-    if not file.is_file():
-        return Config(name=source.name, model=model)
-    return dataclasses.replace(from_json(file.read_text()), model=model)
+    run = run_of_export(source)
+    return Config(name=source.name, model=model) if run is None else dataclasses.replace(run, model=model)
 
 
 if __name__ == "__main__":

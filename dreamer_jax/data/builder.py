@@ -3,7 +3,7 @@
 One folder per distinct preparation, named by a hash of all that shapes it. It appears by one rename when it is whole:
 a killed preparation leaves nothing that could be taken for a result, and of two at once the later adopts the earlier's.
 
-    <prepared>/<key>/report.json              what was done; the file sizes against which the folder is checked
+    <prepared>/<key>/report.json              what was done; sizes and digests against which the folder is checked
                      tokenizer.model | .json
                      <source>/1.0.0/...       TFDS dataset, splits train and validation, ArrayRecord
                      <source>/<split>.packing.npz  packing (see pack)
@@ -15,40 +15,51 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import io
+import itertools
 import json
-import os
-import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dreamer_jax.config import Config, Source
+from dreamer_jax.data import dataset
+from dreamer_jax.data.files import expanded, reading
 from dreamer_jax.data.pack import pack_documents, save_packing
 from dreamer_jax.data.sources import (
+    HELD_OUT_PERCENT,
     DataError,
     Document,
     Split,
+    bad_row_fix,
+    counts,
     documents,
     prompt_digest,
     render_prompt,
     render_response,
     source_files,
 )
-from dreamer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from dreamer_jax.data.tokenizer import (
+    FILES,
+    Tokenizer,
+    UnknownCharacter,
+    check_tokenizer_file,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from dreamer_jax.data.unfinished import unfinished
 from dreamer_jax.distributed import becomes_visible
+from dreamer_jax.files import write_whole
 
-VERSION = 2
+VERSION = 3
 """Raise when the same config and files would give other prepared data."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 EXAMPLES = 4
 """Held-out exercises of each source that the report quotes, for samples during training."""
+TOO_LONG = "longer than the context"
 
 
 @dataclass(frozen=True)
@@ -78,11 +89,12 @@ def prepare(config: Config, *, process_index: int = 0) -> Prepared:
         DataError: raw files, rows, tokenizer or prepared data that cannot be used, with the cause and the fix.
     """
     _check(config)
-    directory = Path(config.data.prepared).expanduser() / preparation_key(config)
-    if process_index:
-        _wait_for(directory)
-    if not directory.is_dir():
-        _build(config, directory)
+    directory = expanded(config.data.prepared, "data.prepared") / preparation_key(config)
+    with _writing(config):
+        if process_index:
+            _wait_for(directory)
+        if not directory.is_dir():
+            _build(config, directory)
     prepared = _open(config, directory)
     if not process_index:
         print(summary(prepared, config), flush=True)
@@ -103,7 +115,11 @@ def summary(prepared: Prepared, config: Config) -> str:
     for name, source in prepared.report["sources"].items():
         lines += [line.format(name, split, **source[split]) for split in SPLITS]
         if source["skipped"]:
-            lines.append(f"  {name} skipped: " + ", ".join(f"{n} ({cause})" for cause, n in source["skipped"].items()))
+            lines.append(f"  {name} skipped: {counts(Counter(source['skipped']))}")
+        if source["unknown"]:
+            lines.append(
+                f"  {name}: {source['unknown']} tokens are the unknown one, of characters not in the tokenizer"
+            )
     lines.append(f"  a unigram model's loss: {prepared.unigram_entropy:.3f} nats per token")
     return "\n".join(lines)
 
@@ -121,36 +137,56 @@ def preparation_key(config: Config) -> str:
         "sources": [dataclasses.asdict(source) | {"weight": None} for source in data.sources],
         "files": [_file_digest(path) for source in data.sources for path in source_files(source, data)],
         "tokenizer": config.model.vocab if trained else _file_digest(_tokenizer_file(data.tokenizer)),
-        "treatment": [data.context, data.calculator_marks, data.bad_rows, data.long_documents],
+        "treatment": [data.context, data.bad_rows, data.long_documents, list(data.special_tokens)],
         "generator": importlib.metadata.version("reasoning-gym") if any(s.tasks for s in data.sources) else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tokenizer_file(name: str) -> Path:
-    path = Path(os.path.expandvars(name)).expanduser()
-    if not path.is_file():
-        raise DataError(f"data.tokenizer = '{name}': no such file; give a .model or a tokenizer.json, or 'train'")
+    path = expanded(name, "data.tokenizer")
+    check_tokenizer_file(path)
     return path
 
 
-@functools.lru_cache(maxsize=64)
-def _digest_of(path: Path, size: int, modified: int) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.lru_cache(maxsize=64)
+def _known_digest(path: Path, size: int, modified: int) -> str:
+    return _sha256(path)
+
+
 def _file_digest(path: Path) -> str:
-    status = path.stat()
-    return _digest_of(path, status.st_size, status.st_mtime_ns)
+    """Of a file that is given to the preparation, which may be large: computed once in a process."""
+    with reading(path, "data"):
+        status = path.stat()
+        return _known_digest(path, status.st_size, status.st_mtime_ns)
 
 
 def _check(config: Config) -> None:
     if not config.data.sources:
         raise DataError("data.sources is empty: name at least one source of documents")
-    for source in config.data.sources:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", source.name):
-            raise DataError(f"data source '{source.name}': a name is lower-case letters, digits and _")
+    if config.data.special_tokens and config.data.tokenizer == "train":
+        raise DataError(
+            "data.special_tokens names tokens of a tokenizer that is given as data.tokenizer, and none is given: leave "
+            "it out, or give one"
+        )
+
+
+@contextlib.contextmanager
+def _writing(config: Config) -> Iterator[None]:
+    """Say of an error of the file system which key chooses the place."""
+    try:
+        yield
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        raise DataError(
+            f"data.prepared = '{config.data.prepared}': cannot write there ({where}{error.strerror or error}); free "
+            f"some space, change its rights, or give another folder as --data.prepared"
+        ) from error
 
 
 def _wait_for(directory: Path) -> None:
@@ -164,11 +200,10 @@ def _wait_for(directory: Path) -> None:
 
 def _build(config: Config, directory: Path) -> None:
     """Prepare in a temporary folder beside `directory`, then rename it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{directory.name}.partial-", dir=directory.parent) as folder:
-        partial = Path(folder) / "whole"
+    with unfinished(directory) as scratch:
+        partial = scratch / "whole"
         partial.mkdir()
-        _fill(config, partial, Path(folder))
+        _fill(config, partial, scratch)
         try:
             partial.rename(directory)
         except OSError:
@@ -187,20 +222,37 @@ def _fill(config: Config, directory: Path, scratch: Path) -> None:
         source.name: _write_source(source, config, tokenizer, prompts, directory, scratch, skipped[source.name])
         for source in config.data.sources
     }
-    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(directory)): _fingerprint(p) for p in sorted(directory.rglob("*")) if p.is_file()}
     report = {"vocab": tokenizer.vocab_size, "sources": sources, "files": files}
-    (directory / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    report["sha256"] = _digest(report)
+    write_whole(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """By which a file is known again. Those of the documents are known by their size: each document has a checksum."""
+    size = path.stat().st_size
+    return {"bytes": size} if dataset.RECORDS in path.name else {"bytes": size, "sha256": _sha256(path)}
+
+
+def _digest(report: dict[str, Any]) -> str:
+    """Of all that a report says but this."""
+    rest = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _stage(source: Source, config: Config, scratch: Path, skipped: Counter[str]) -> set[int]:
     """Read the documents once into one scratch file per split; the digests of the training prompts."""
-    prompts = set()
+    prompts, found = set(), Counter[str]()
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(_staged(scratch, source.name, split).open("w")) for split in SPLITS}
-        for split, document in documents(source, config.data, skipped):
-            files[split].write(json.dumps(document) + "\n")
+        for split, document, origin in documents(source, config.data, skipped):
+            files[split].write(json.dumps([document, origin]) + "\n")
+            found[split] += 1
             if split == "train":
                 prompts.add(prompt_digest(document.prompt))
+    for split in SPLITS:
+        if not found[split]:
+            raise _nothing_left(source, split, skipped)
     return prompts
 
 
@@ -208,25 +260,27 @@ def _staged(scratch: Path, name: str, split: Split) -> Path:
     return scratch / f"{name}.{split}.jsonl"
 
 
-def _read_staged(scratch: Path, name: str, split: Split) -> Iterator[Document]:
+def _read_staged(scratch: Path, name: str, split: Split) -> Iterator[tuple[Document, str]]:
+    """Documents and their origins."""
     with _staged(scratch, name, split).open() as file:
         for line in file:
-            yield Document(*json.loads(line))
+            texts, origin = json.loads(line)
+            yield Document(*texts), origin
 
 
 def _make_tokenizer(config: Config, directory: Path, scratch: Path) -> Tokenizer:
     """Train the tokenizer on the training documents, or copy the given one, into `directory`."""
     if config.data.tokenizer != "train":
-        tokenizer = load_tokenizer(_tokenizer_file(config.data.tokenizer))
+        tokenizer = load_tokenizer(_tokenizer_file(config.data.tokenizer), config.data.special_tokens)
         _check_vocabulary(tokenizer.vocab_size, config)
         tokenizer.save(directory)
         return tokenizer
     texts = (
         render_prompt(document.prompt) + render_response(document.response)
         for source in config.data.sources
-        for document in _read_staged(scratch, source.name, "train")
+        for document, _ in _read_staged(scratch, source.name, "train")
     )
-    (directory / "tokenizer.model").write_bytes(train_sentencepiece(texts, config.model.vocab))
+    write_whole(directory / "tokenizer.model", train_sentencepiece(texts, config.model.vocab))
     return load_tokenizer(directory)
 
 
@@ -238,38 +292,13 @@ def _check_vocabulary(size: int, config: Config) -> None:
         )
 
 
-class TokenizedDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A TFDS dataset of token ids, in the order in which they are given."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # there are no checksums of downloads beside the code; looking for them needs importlib_resources
-
-    def __init__(self, name: str, splits: Mapping[Split, Iterable[dict[str, Any]]], data_dir: Path):
-        self.name = name
-        self._documents = splits
-        super().__init__(data_dir=str(data_dir), file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {"tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32), "response_start": np.int32}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Tokenized documents: [bos] prompt response [eos]. The response is tokens[response_start:].",
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(examples) for split, examples in self._documents.items()}
-
-    def _generate_examples(self, examples: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(examples)
-
-
 class _Tally:
     """What passes through one split on its way to disk."""
 
     def __init__(self, vocab: int):
         self.lengths: list[int] = []
+        self.too_long: list[int] = []
+        self.unknown = 0
         self.targets = np.zeros((2, vocab), np.int64)
         self.examples: list[Document] = []
 
@@ -295,14 +324,16 @@ def _write_source(
     tallies = {split: _Tally(tokenizer.vocab_size) for split in SPLITS}
     streams = {"train": _read_staged(scratch, source.name, "train")}
     streams["validation"] = _unseen(_read_staged(scratch, source.name, "validation"), training_prompts, skipped)
-    tokenized = {
-        split: _tokenize(streams[split], source, config, tokenizer, tallies[split], skipped) for split in SPLITS
-    }
-    _write_dataset(TokenizedDocuments(source.name, tokenized, directory))
+    tokenized = {}
+    for split, tally in tallies.items():
+        stream = _tokenize(streams[split], config, tokenizer, tally, skipped)
+        first = next(stream, None)
+        if first is None:
+            raise _nothing_left(source, split, skipped, tally.too_long, config.data.context)
+        tokenized[split] = itertools.chain([first], stream)
+    dataset.write_dataset(source.name, tokenized, directory)
     report: dict[str, Any] = {}
     for split, tally in tallies.items():
-        if not tally.lengths:
-            raise DataError(f"data source '{source.name}': no {split} document is left; skipped: {dict(skipped)}")
         packing = pack_documents(np.asarray(tally.lengths), config.data.context)
         save_packing(packing, directory / source.name / f"{split}.packing.npz")
         report[split] = {
@@ -314,72 +345,110 @@ def _write_source(
         }
     np.save(directory / source.name / "unigrams.npy", tallies["train"].targets)
     report["skipped"] = dict(skipped)
+    report["unknown"] = sum(tally.unknown for tally in tallies.values())
     report["examples"] = [document._asdict() for document in tallies["validation"].examples]
     return report
 
 
-def _unseen(held_out: Iterable[Document], training_prompts: set[int], skipped: Counter[str]) -> Iterator[Document]:
+def _nothing_left(
+    source: Source, split: Split, skipped: Counter[str], too_long: Sequence[int] = (), context: int = 0
+) -> DataError:
+    """The error of a split without documents."""
+    what = f"data source '{source.name}': no {split} document is left (skipped: {counts(skipped) or 'none'})"
+    if too_long:
+        return DataError(
+            f"{what}; those that are longer than data.context = {context} have {min(too_long)} to {max(too_long)} "
+            f"tokens: raise data.context, or give shorter documents"
+        )
+    if split == "train":
+        return DataError(f"{what}; give more documents, or other training files")
+    chance = "" if source.validation or source.tasks else f", or more: by chance, {HELD_OUT_PERCENT} % are held out"
+    return DataError(f"{what}; give other documents as the source's validation files{chance}")
+
+
+def _unseen(
+    held_out: Iterable[tuple[Document, str]], training_prompts: set[int], skipped: Counter[str]
+) -> Iterator[tuple[Document, str]]:
     """The held-out documents whose prompt no source trains on."""
-    for document in held_out:
+    for document, origin in held_out:
         if prompt_digest(document.prompt) in training_prompts:
             skipped["held out, but its prompt is also in the training data"] += 1
         else:
-            yield document
+            yield document, origin
 
 
 def _tokenize(
-    stream: Iterable[Document],
-    source: Source,
+    stream: Iterable[tuple[Document, str]],
     config: Config,
     tokenizer: Tokenizer,
     tally: _Tally,
     skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Documents as TFDS examples. Prompt and response are tokenized apart, so that their border is one of tokens."""
+    """Documents as they are stored. Prompt and response are tokenized apart, so that their border is one of tokens."""
     context = config.data.context
-    for document in stream:
-        prompt = [tokenizer.bos, *tokenizer.encode(render_prompt(document.prompt))]
-        tokens = [*prompt, *tokenizer.encode(render_response(document.response)), tokenizer.eos]
+    for document, origin in stream:
+        try:
+            prompt = [tokenizer.bos, *tokenizer.encode(render_prompt(document.prompt))]
+            tokens = [*prompt, *tokenizer.encode(render_response(document.response)), tokenizer.eos]
+        except UnknownCharacter as cause:
+            if config.data.bad_rows == "error":
+                fix = bad_row_fix("give a tokenizer with an unknown token or with byte fallback")
+                raise DataError(f"{origin}: {cause}; {fix}") from None
+            skipped["a character that the tokenizer does not know"] += 1
+            continue
         if len(tokens) > context:
             if config.data.long_documents == "error":
                 raise DataError(
-                    f"data source '{source.name}': a document of {len(tokens)} tokens exceeds data.context = "
-                    f"{context}; raise it, or give --data.long_documents skip. It begins: {document.prompt[:80]!r}"
+                    f"{origin}: a document of {len(tokens)} tokens exceeds data.context = {context}; raise it, or give "
+                    f"--data.long_documents skip. It begins: {document.prompt[:80]!r}"
                 )
-            skipped["longer than the context"] += 1
+            skipped[TOO_LONG] += 1
+            tally.too_long.append(len(tokens))
             continue
         tally.add(document, tokens, len(prompt))
-        yield {"tokens": np.asarray(tokens, np.int32), "response_start": len(prompt)}
-
-
-def _write_dataset(builder: TokenizedDocuments) -> None:
-    """Write quietly: TFDS prints to the standard output and looks for its own catalogue online unless told not to."""
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        if tokenizer.unknown is not None:
+            tally.unknown += tokens.count(tokenizer.unknown)
+        yield dataset.example(tokens, len(prompt))
 
 
 def _open(config: Config, directory: Path) -> Prepared:
     """Check a finished folder and describe it."""
-    fix = f"delete the folder '{directory}' and start again"
     try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        for name, size in report["files"].items():
-            found = (directory / name).stat().st_size
-            if found != size:
-                raise DataError(f"'{directory / name}' has {found} bytes and was written with {size}; {fix}")
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"the prepared data are damaged ({error}); {fix}") from error
+        report = _verified(directory)
+    except PermissionError as error:
+        raise DataError(
+            f"data.prepared = '{config.data.prepared}': '{error.filename}' cannot be read; change its rights, or give "
+            f"another folder as --data.prepared"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"the prepared data are damaged ({error}); delete the folder '{directory}' and start again"
+        ) from error
     _check_vocabulary(report["vocab"], config)
     return Prepared(
         directory=directory,
-        tokenizer=next(directory.glob("tokenizer.*")),
+        tokenizer=next(directory / name for name in FILES if name in report["files"]),
         splits={
             name: {split: part[split]["documents"] for split in SPLITS} for name, part in report["sources"].items()
         },
         unigram_entropy=_mixture_entropy(config, directory, report),
         report=report,
     )
+
+
+def _verified(directory: Path) -> dict[str, Any]:
+    """The report of a folder whose files are those that were written; ValueError and others of its kind if not."""
+    report = json.loads((directory / "report.json").read_bytes().decode("utf-8"))
+    if not isinstance(report, dict) or _digest(report) != report.get("sha256"):
+        raise ValueError(f"'{directory / 'report.json'}' has changed since it was written")
+    for name, written in report["files"].items():
+        path = directory / name
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            raise ValueError(f"'{path}' has {size} bytes and was written with {written['bytes']}")
+        if _fingerprint(path) != written:
+            raise ValueError(f"'{path}' has changed since it was written")
+    return report
 
 
 def _mixture_entropy(config: Config, directory: Path, report: dict[str, Any]) -> float:

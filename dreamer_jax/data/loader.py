@@ -1,21 +1,22 @@
 """Batches: the mixture of the sources' rows, read from ArrayRecord through Grain.
 
-Row i of the mixture, and with it batch s = rows s*B .. (s+1)*B - 1, depends on the prepared data, the weights, the seed
-and i only. Position in the stream is therefore the step, and each process reads the rows of every batch that its own
-devices hold.
+Row i of the mixture depends on the prepared data, the weights, the seed and i only, and a batch is the next B rows.
+Position in the stream is therefore the number of rows behind it, whatever the batches were, and each process reads the
+rows of every batch that its own devices hold.
 """
 
+import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared
+from dreamer_jax.data.dataset import is_whole, open_dataset
 from dreamer_jax.data.pack import load_packing, row_documents
 from dreamer_jax.data.sources import DataError, Split
 
@@ -29,10 +30,10 @@ class PackedRows:
     def __init__(self, prepared: Prepared, name: str, split: Split, context: int, seed: int | None):
         self._directory = prepared.directory
         self._name, self._split, self._context = name, split, context
-        self._packing = load_packing(prepared.directory / name / f"{split}.packing.npz")
         self._seed = None if seed is None else seed << 32 | zlib.crc32(name.encode())
-        builder = tfds.builder_from_directory(prepared.directory / name / "1.0.0")
-        self._documents = builder.as_data_source(split=split)
+        with self._mendable("the dataset of"):
+            self._packing = load_packing(prepared.directory / name / f"{split}.packing.npz")
+            self._documents = open_dataset(prepared.directory, name, split)
 
     def __len__(self) -> int:
         return self._packing.rows if self._seed is None else ENDLESS
@@ -42,31 +43,45 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         wanted = row_documents(self._packing, int(index), self._seed)
-        try:
+        with self._mendable(f"documents {wanted} of"):
             found = [self._documents[document] for document in wanted]
-        except Exception as error:  # ArrayRecord and TFDS raise many kinds
-            raise DataError(
-                f"cannot read documents {wanted} of {self._name}/{self._split} ({error}); the prepared data are "
-                f"damaged: delete the folder '{self._directory}' and start again"
-            ) from error
+        for document, stored in zip(wanted, found, strict=True):
+            if not is_whole(stored):
+                raise self._damaged(f"document {document} of", "it is not what was written")
         return lay_out(found, self._context)
+
+    @contextlib.contextmanager
+    def _mendable(self, what: str) -> Iterator[None]:
+        """Say of an error of reading what to do about it."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # ArrayRecord and TFDS raise many kinds
+            raise self._damaged(what, str(error)) from error
+
+    def _damaged(self, what: str, cause: str) -> DataError:
+        return DataError(
+            f"cannot read {what} {self._name}/{self._split} ({cause}); the prepared data are damaged: delete the "
+            f"folder '{self._directory}' and start again"
+        )
 
 
 class HeldRows:
-    """Some rows of every batch, batch after batch; a Grain random-access source."""
+    """Some rows of every batch, batch after batch from row `start` on; a Grain random-access source."""
 
-    def __init__(self, stream: grain.MapDataset, batch: int, held: Sequence[int]):
-        self._stream, self._batch, self._held = stream, batch, tuple(held)
+    def __init__(self, stream: grain.MapDataset, start: int, batch: int, held: Sequence[int]):
+        self._stream, self._start, self._batch, self._held = stream, start, batch, tuple(held)
 
     def __len__(self) -> int:
-        return len(self._stream) // self._batch * len(self._held)
+        return max(0, len(self._stream) - self._start) // self._batch * len(self._held)
 
     def __repr__(self) -> str:
-        return f"HeldRows({self._stream!r}, rows {self._held} of {self._batch})"
+        return f"HeldRows({self._stream!r}, rows {self._held} of {self._batch} from {self._start})"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, place = divmod(int(index), len(self._held))
-        row = self._stream[step * self._batch + self._held[place]]
+        row = self._stream[self._start + step * self._batch + self._held[place]]
         assert row is not None  # no dataset here filters
         return row
 
@@ -117,10 +132,12 @@ def batches(
     config: Config,
     *,
     split: Split,
-    start_step: int = 0,
+    start_row: int = 0,
     held: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every batch from `start_step` on, or its rows `held` in their order; close the iterator to end its threads.
+    """Every batch from row `start_row` on, or its rows `held` in their order; close the iterator to end its threads.
+
+    `start_row` is the number of rows of the mixture that are behind a run; its batches may have been of another size.
 
     Training batches never end. Validation is the first `train.validation_batches` batches of the held-out rows in a
     fixed order, the same at every call; where the held-out rows are fewer there are fewer batches, and the last is
@@ -136,8 +153,8 @@ def batches(
     stream = rows(prepared, config, split)
     if split == "validation":
         stream = _whole_batches(stream, config)
-    chosen = grain.MapDataset.source(HeldRows(stream, config.train.batch, held))
-    parts = chosen.batch(len(held))[start_step:]
+    chosen = grain.MapDataset.source(HeldRows(stream, start_row, config.train.batch, held))
+    parts = chosen.batch(len(held))
     options = grain.ReadOptions(num_threads=min(1, config.data.prefetch), prefetch_buffer_size=config.data.prefetch)
     return _closing(iter(parts.to_iter_dataset(options)))
 

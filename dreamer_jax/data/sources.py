@@ -3,31 +3,32 @@
 Nothing is lost in silence: a row that cannot be used stops the preparation or, where the config says so, is counted.
 """
 
+import difflib
 import hashlib
+import itertools
 import json
-import os
 import re
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from dreamer_jax.config import DataConfig, Source
-from dreamer_jax.errors import DreamerError
+from dreamer_jax.data.files import BOM, HEAD, check_file, expanded, foreign, reading
+from dreamer_jax.data.files import DataError as DataError
 
 Split = Literal["train", "validation"]
 
-CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 HELD_OUT_PERCENT = 2
 """Share of a source's documents that is held out where its config names no validation files."""
 VALIDATION_SEED = 2**30
 """First seed of the held-out exercises. reasoning-gym draws exercise i from seed + i, so seeds must lie far apart."""
-
-
-class DataError(DreamerError, ValueError):
-    """Data that cannot be used; the message names the file, the line, the cause and the fix."""
+ROW_BYTES = 1 << 24
+"""Longest row. A longer one is hardly a row, and is never held in memory."""
+KINDS = {dict: "an object", list: "a list", float: "a number", bool: "true or false", type(None): "null"}
+"""What a JSON value is that is no text."""
 
 
 class Document(NamedTuple):
@@ -37,8 +38,26 @@ class Document(NamedTuple):
     response: str
 
 
+class Found(NamedTuple):
+    """A document of a source."""
+
+    split: Split
+    document: Document
+    origin: str
+    """File and line, or the task that generated it."""
+
+
 class _UnusableRow(Exception):
-    """A row that cannot become a document; its text is the cause, the same for all rows that share it."""
+    """A row that cannot become a document."""
+
+    def __init__(self, cause: str, detail: str = ""):
+        """`cause` is the same for all rows that share it, by which they are counted; `detail` is this row's."""
+        self.cause = cause
+        super().__init__(f"{cause} ({detail})" if detail else cause)
+
+
+# A number is never used, and may have more digits than Python makes an integer of.
+_DECODER = json.JSONDecoder(parse_int=float)
 
 
 def render_prompt(prompt: str) -> str:
@@ -66,36 +85,31 @@ def data_root(data: DataConfig) -> Path:
     Raises:
         DataError: an unset environment variable, or no such folder.
     """
-    text = os.path.expanduser(os.path.expandvars(data.root))
-    if "$" in text:
-        raise DataError(
-            f"data.root = '{data.root}': the environment variable is not set; export it or give --data.root"
-        )
-    if not text or not Path(text).is_dir():
-        raise DataError(
-            f"data.root = '{data.root}': '{text}' is not a folder; give the raw files' folder as --data.root"
-        )
-    return Path(text)
+    root = expanded(data.root, "data.root")
+    with reading(root, "data.root"):
+        if root.is_dir():
+            return root
+    raise DataError(f"data.root = '{data.root}': '{root}' is not a folder; give the raw files' folder as --data.root")
 
 
 def source_files(source: Source, data: DataConfig) -> list[Path]:
     """Every file of a source; empty for generated exercises.
 
     Raises:
-        DataError: a file is missing or empty.
+        DataError: a file is missing, empty, no file, or not to be read.
     """
     paths = [data_root(data) / name for name in source.train + source.validation] if source.train else []
     for path in paths:
-        if not path.is_file():
-            raise DataError(
-                f"data source '{source.name}': file '{path}' does not exist; see data.root and the file names"
-            )
-        if path.stat().st_size == 0:
-            raise DataError(f"data source '{source.name}': file '{path}' is empty; fetch it again")
+        check_file(path, _where(source))
     return paths
 
 
-def documents(source: Source, data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[Split, Document]]:
+def _where(source: Source) -> str:
+    """Which keys name the files of a source."""
+    return f"data source '{source.name}' (see data.root and the source's file names)"
+
+
+def documents(source: Source, data: DataConfig, skipped: Counter[str]) -> Iterator[Found]:
     """All documents of a source with their splits, training documents first where the source says which they are.
 
     Args:
@@ -111,11 +125,11 @@ def documents(source: Source, data: DataConfig, skipped: Counter[str]) -> Iterat
         return
     source_files(source, data)
     for name in source.train:
-        for document in _rows(data_root(data) / name, source, data, skipped):
-            yield ("train" if source.validation else _split_by_text(document)), document
+        for document, origin in _rows(data_root(data) / name, source, data, skipped):
+            yield Found("train" if source.validation else _split_by_text(document), document, origin)
     for name in source.validation:
-        for document in _rows(data_root(data) / name, source, data, skipped):
-            yield "validation", document
+        for document, origin in _rows(data_root(data) / name, source, data, skipped):
+            yield Found("validation", document, origin)
 
 
 def _split_by_text(document: Document) -> Split:
@@ -123,63 +137,119 @@ def _split_by_text(document: Document) -> Split:
     return "validation" if prompt_digest(document.prompt) % 100 < HELD_OUT_PERCENT else "train"
 
 
-def _rows(path: Path, source: Source, data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
-    """The documents of one JSON-lines file."""
-    found = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+def _rows(path: Path, source: Source, data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[Document, str]]:
+    """The documents of one JSON-lines file, each with its place."""
+    found, first_fault = 0, "it has no rows"
+    with reading(path, _where(source)), path.open("rb") as file:
+        _check_kind(file, path, source)
+        for number, line in _lines(file):
+            origin = f"{path}, line {number}"
             try:
-                document = _parse(line, source, data)
-            except _UnusableRow as cause:
+                document = _parse(line, source)
+            except _UnusableRow as fault:
                 if data.bad_rows == "error":
-                    raise DataError(
-                        f"{path}, line {number}: {cause}; fix the row, or leave such rows out (and count them) with "
-                        "--data.bad_rows skip"
-                    ) from None
-                skipped[str(cause)] += 1
+                    raise DataError(f"{origin}: {fault}; {bad_row_fix('fix the row')}") from None
+                first_fault = f"the first is line {number}: {fault}" if first_fault == "it has no rows" else first_fault
+                skipped[fault.cause] += 1
                 continue
             found += 1
-            yield document
+            yield document, origin
     if not found:
-        raise DataError(f"{path}: not one usable row for data source '{source.name}'; {_causes(skipped)}")
+        causes = f"skipped: {counts(skipped)}; " if skipped else ""
+        raise DataError(f"{path}: not one usable row for data source '{source.name}'; {causes}{first_fault}")
 
 
-def _causes(skipped: Counter[str]) -> str:
-    return "skipped: " + ", ".join(f"{n} ({cause})" for cause, n in skipped.items()) if skipped else "it has no rows"
+def bad_row_fix(fix: str) -> str:
+    """What to do about a row that cannot be used."""
+    return f"{fix}, or leave such rows out (and count them) with --data.bad_rows skip"
 
 
-def _parse(line: bytes, source: Source, data: DataConfig) -> Document:
+def counts(skipped: Counter[str]) -> str:
+    """Numbers of rows by cause, as text."""
+    return ", ".join(f"{n} ({cause})" for cause, n in skipped.items())
+
+
+def _check_kind(file: BinaryIO, path: Path, source: Source) -> None:
+    """Refuse a file that is no JSON lines at all, and go back to its beginning."""
+    head = file.read(HEAD)
+    file.seek(0)
+    kind = foreign(head)
+    first, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
+    if first.startswith(b"["):
+        kind = "one JSON array; write one object a line: jq -c '.[]' FILE > FILE.jsonl"
+    elif first.rstrip() == b"{" and rest.lstrip().startswith(b'"'):
+        kind = "JSON over several lines; write one object a line: jq -c . FILE > FILE.jsonl"
+    if kind:
+        raise DataError(f"data source '{source.name}': '{path}' is no file of JSON lines, but {kind}")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines but blank ones; of a line that is too long only the beginning, one byte more than is allowed."""
+    for number in itertools.count(1):
+        line = file.readline(ROW_BYTES + 1)
+        if not line:
+            return
+        rest = line
+        while len(rest) > ROW_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(ROW_BYTES + 1)
+        line = line.removeprefix(BOM)
+        if line.strip():
+            yield number, line
+
+
+def _parse(line: bytes, source: Source) -> Document:
+    if len(line) > ROW_BYTES:
+        raise _UnusableRow(f"longer than {ROW_BYTES >> 20} MiB")
+    if b"\0" in line:
+        raise _UnusableRow("NUL bytes", "a crash leaves them behind; fetch the file again")
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise _UnusableRow("not UTF-8 text") from None
-    except json.JSONDecodeError:
-        raise _UnusableRow("not JSON") from None
+        row = _DECODER.decode(line.rstrip().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _UnusableRow("not UTF-8 text", f"from byte {error.start + 1} of the line on") from None
+    except json.JSONDecodeError as error:
+        raise _UnusableRow("not JSON", f"{error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise _UnusableRow("JSON that is nested too deep") from None
     if not isinstance(row, dict):
-        raise _UnusableRow("not a JSON object")
-    return Document(_text(row, source.prompt_field, data), _text(row, source.response_field, data))
+        raise _UnusableRow("not a JSON object", KINDS.get(type(row), "a text"))
+    return Document(
+        _text(row, source.prompt_field, "prompt_field", source),
+        _text(row, source.response_field, "response_field", source),
+    )
 
 
-def _text(row: dict[str, object], key: str, data: DataConfig) -> str:
-    if key not in row:
-        raise _UnusableRow(f"no field '{key}'")
-    value = row[key]
+def _text(row: dict[str, Any], name: str, key: str, source: Source) -> str:
+    """The text of a field; `key` of the source names it."""
+    if name not in row:
+        raise _UnusableRow(f"no field '{name}'", _fields(row, name, key))
+    value = row[name]
     if not isinstance(value, str):
-        raise _UnusableRow(f"field '{key}' is not text")
-    if data.calculator_marks == "drop":
-        value = CALCULATOR_MARK.sub("", value)
+        raise _UnusableRow(f"field '{name}' is not text", f"it is {KINDS[type(value)]}")
+    value = _without(source, value)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _UnusableRow(f"field '{key}' has half a surrogate pair, which is no Unicode text") from None
-    if not value.strip():
-        raise _UnusableRow(f"field '{key}' is empty")
-    return value.strip()
+        raise _UnusableRow(f"field '{name}' has half a surrogate pair, which is no Unicode text") from None
+    if not value:
+        raise _UnusableRow(f"field '{name}' is empty")
+    return value
 
 
-def _exercises(source: Source, skipped: Counter[str]) -> Iterator[tuple[Split, Document]]:
+def _fields(row: dict[str, Any], name: str, key: str) -> str:
+    """What a row has instead of a field."""
+    if not row:
+        return "the row has no fields"
+    nearest = difflib.get_close_matches(name, list(row), n=1)
+    guess = f"; did you mean {nearest[0]!r}? Set {key} of the source" if nearest else f"; set {key} of the source"
+    return f"the row has {', '.join(repr(field[:40]) for field in list(row)[:10])}{guess}"
+
+
+def _without(source: Source, text: str) -> str:
+    """The text without what the source removes and without white space around it."""
+    return (re.sub(source.remove, "", text) if source.remove else text).strip()
+
+
+def _exercises(source: Source, skipped: Counter[str]) -> Iterator[Found]:
     """Generated exercises, each prompt once over both splits."""
     seen: set[int] = set()
     held_out = -(-source.documents_per_task // 10)
@@ -189,16 +259,18 @@ def _exercises(source: Source, skipped: Counter[str]) -> Iterator[tuple[Split, D
     )
     for split, count, seed in splits:
         for task in source.tasks:
-            for document in _generate(task, count, seed + zlib.crc32(task.encode()) % VALIDATION_SEED):
+            texts = _generate(task, count, seed + zlib.crc32(task.encode()) % VALIDATION_SEED)
+            for number, (prompt, response) in enumerate(texts):
+                document = Document(_without(source, prompt), _without(source, response))
                 digest = prompt_digest(document.prompt)
-                if digest in seen:
-                    skipped["generated twice"] += 1
+                if digest in seen or not all(document):
+                    skipped["generated twice" if digest in seen else "generated without a prompt or an answer"] += 1
                     continue
                 seen.add(digest)
-                yield split, document
+                yield Found(split, document, f"task '{task}', exercise {number} of {split}")
 
 
-def _generate(task: str, count: int, seed: int) -> Iterator[Document]:
+def _generate(task: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
     """Exercises of one reasoning-gym task: the worked answer where there is one, and the result after `####`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -206,8 +278,12 @@ def _generate(task: str, count: int, seed: int) -> Iterator[Document]:
         from reasoning_gym.factory import DATASETS
     if task not in DATASETS:
         raise DataError(f"reasoning-gym has no task '{task}'; it has {', '.join(sorted(DATASETS))}")
-    generator = reasoning_gym.create_dataset(task, size=count, seed=seed)
+    try:
+        generator = reasoning_gym.create_dataset(task, size=count, seed=seed)
+    except Exception as error:  # each task has its own
+        raise DataError(f"reasoning-gym's task '{task}' cannot be used ({error}); name another") from error
     for index in range(count):
         exercise = generator[index]
-        response = exercise["metadata"].get("answer_cot") or f"#### {exercise['answer']}"
-        yield Document(exercise["question"].strip(), response.strip())
+        answer = exercise["answer"]  # None where many are right, and the task only judges them
+        result = "" if answer is None else f"#### {answer}"
+        yield exercise["question"], exercise["metadata"].get("answer_cot") or result

@@ -8,20 +8,21 @@ import abc
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import field
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from dreamer_jax.errors import DreamerError
+from pydantic import Field
 
+from dreamer_jax.values import ConfigError as ConfigError
+from dreamer_jax.values import Texts, section
+from dreamer_jax.values import require as require
 
-class ConfigError(DreamerError, ValueError):
-    """A config that cannot be used; the message names the key and the fix."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with this message unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
+HeadCount = Annotated[int, Field(ge=1, le=2**16)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""Of rows, columns or entries."""
+DepthRotated = Annotated[int, Field(ge=4, le=2**16, multiple_of=4)]
+"""The size of what depth RoPE turns, which is pairs; half of them run in reverse."""
+RopeBase = Annotated[float, Field(gt=0, le=1e12)]
 
 
 class Weight(NamedTuple):
@@ -100,7 +101,7 @@ class Member(NamedTuple):
         return tuple(range(depth)[self.depths])
 
 
-_MEMBER = re.compile(r"([a-z_]+)(?:\[(-?\d*):(-?\d*)(?::(\d*))?\])?")
+_MEMBER = re.compile(r"([a-z_]+)(?:\[(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([0-9]{1,9})?)?\])?")
 
 
 def member(text: str) -> Member:
@@ -120,37 +121,37 @@ def member(text: str) -> Member:
     return Member(name, slice(first, last, step))
 
 
-@dataclass(frozen=True)
+@section("model.router")
 class RouterConfig:
     """All routers: attention over learned keys of experts (3.5)."""
 
-    size: int = 64
-    """R: query/key size; a multiple of 4."""
-    attention_experts: int = 0
+    size: DepthRotated = 64
+    """R: query/key size."""
+    attention_experts: Annotated[int, Field(ge=0, le=2**20)] = 0
     """M: linear experts of each attention MoE (DR); 0 means as many as the depth, as in the paper."""
 
 
-@dataclass(frozen=True)
+@section("model")
 class Shape:
     """The keys that all dimensions share (Table 3)."""
 
     depth_recurrent: bool = True
     """DR: one layer iterated over depth, attention projections as MoEs (3.7). Off: LA, distinct classic layers."""
-    mixture: tuple[str, ...] = ("da+sa", "ea")
+    mixture: Texts = ("da+sa", "ea")
     """Groups of dimensions, one after another; what stands in one group is computed from the same input. ("da+sa",
     "ea") is Eq. 5, ("da", "sa", "ea") Eq. 4, ("da+sa+ea",) Eq. 6, ("sa", "ea") has no DA. A dimension may run at some
     depths only, as a Python slice: "da[::2]" every second, "sa[:4]" the first four, "ea[-2:]" the last two."""
-    depth: int = 8
+    depth: Annotated[int, Field(ge=1, le=4096)] = 8
     """L: number of layers, or of iterations of the one layer."""
-    width: int = 256
+    width: Size = 256
     """D: hidden size."""
-    vocab: int = 2048
+    vocab: Annotated[int, Field(ge=1, le=2**31)] = 2048
     """V: rows of the embedding; at least the tokenizer's size."""
-    depth_rope_base: float = 500.0
+    depth_rope_base: RopeBase = 500.0
     """RoPE base over depths, in all that looks at depth."""
     depth_rope_scaling: bool = False
     """At another depth than the trained one, stretch depth positions to the trained range."""
-    norm_epsilon: float = 1e-6
+    norm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     """Added to the mean square in every RMSNorm."""
     router: RouterConfig = field(default_factory=RouterConfig)
 
@@ -175,7 +176,7 @@ def mean_context(length: int) -> float:
     return (length + 1) / 2
 
 
-@dataclass(frozen=True)
+@section("")
 class Dimension(abc.ABC):
     """What every attention dimension states; all costs are for one token."""
 
@@ -263,8 +264,3 @@ def saved_router(model: Shape, active: int) -> tuple[Saved, ...]:
 def is_last(name: str, model: Shape) -> bool:
     """Whether no later group of the mixture reads what this dimension adds to the residual stream."""
     return name in [member.name for member in model.groups[-1]]
-
-
-def check_depth_rope(key: str, size: int) -> None:
-    """Raise ConfigError unless depth RoPE, half of which is reversed, fits the size."""
-    require(size % 4 == 0, f"{key} = {size}: half of the depth RoPE is reversed, use a multiple of 4")

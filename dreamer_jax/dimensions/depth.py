@@ -1,27 +1,31 @@
 """The section of DA, `model.da`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from dreamer_jax.dimensions.base import (
     IN_JAX,
+    DepthRotated,
     Saved,
     Shape,
     Weight,
-    check_depth_rope,
     require,
 )
 from dreamer_jax.dimensions.heads import Heads
+from dreamer_jax.values import section
 
 
-@dataclass(frozen=True)
+@section("model.da")
 class DepthAttentionConfig(Heads):
     """DA: attention of a token over its own earlier depths (3.4)."""
 
-    window: int = 0
+    head_size: DepthRotated = 64
+    """H: head size."""
+    window: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Depths that are attended to, the current one included; 0 for all. "softmax" only."""
-    dilation: int = 1
+    dilation: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Attend to every so-manieth depth, counted back from the current one. "softmax" only."""
     form: Literal["softmax", "linear"] = "softmax"
     """"linear": no softmax; each depth's weight fades by a learned factor per key/value head, and generation keeps one
@@ -35,11 +39,8 @@ class DepthAttentionConfig(Heads):
     }
 
     def check(self, model: Shape) -> None:
-        """Half of the depth RoPE runs in reverse."""
+        """Heads divide, and only one of the ways to look back is taken."""
         super().check(model)
-        check_depth_rope("model.da.head_size", self.head_size)
-        require(self.window >= 0, f"model.da.window = {self.window}: must be 0 (all depths) or more")
-        require(self.dilation >= 1, f"model.da.dilation = {self.dilation}: must be at least 1")
         require(
             self.form == "softmax" or (self.window == 0 and self.dilation == 1),
             "model.da.form = 'linear' fades earlier depths by itself: leave model.da.window at 0 and dilation at 1",
@@ -59,7 +60,8 @@ class DepthAttentionConfig(Heads):
         """Scores and weighted values over the depths it reaches; in the linear form, state updates and readings."""
         if self.form == "linear":
             return {"da_attention": 1.0 * len(depths) * (self.kv_heads + self.query_heads) * self.head_size**2}
-        reached = sum(self.reaches(l, earlier) for l in depths for earlier in depths)
+        # The depths of a slice are evenly spaced: as far apart as the first and the i-th are n - i pairs of n depths.
+        reached = sum(len(depths) - i for i, l in enumerate(depths) if self.reaches(l, depths[0]))
         return {"da_attention": 2.0 * self.attended * reached}
 
     def saved(self, model: Shape, tile: int = 1) -> tuple[Saved, ...]:

@@ -1,7 +1,6 @@
 """The section of EA, `model.ea`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from dreamer_jax.dimensions.base import (
@@ -9,23 +8,25 @@ from dreamer_jax.dimensions.base import (
     Dimension,
     Saved,
     Shape,
+    Size,
     Weight,
     require,
     router_weights,
     saved_norm,
     saved_router,
 )
+from dreamer_jax.values import section
 
 
-@dataclass(frozen=True)
+@section("model.ea")
 class ExpertAttentionConfig(Dimension):
     """EA: a sparse mixture of SwiGLU experts (3.5)."""
 
-    experts: int = 64
+    experts: Size = 64
     """E: experts (in each layer for LA, over all depths for DR)."""
-    active_experts: int = 4
+    active_experts: Size = 4
     """A: experts that a token selects at each depth."""
-    expert_width: int = 128
+    expert_width: Size = 128
     """F: intermediate size of an expert's SwiGLU."""
 
     module = "expert_attention.ExpertAttention"
@@ -37,8 +38,6 @@ class ExpertAttentionConfig(Dimension):
 
     def check(self, model: Shape) -> None:
         """There are enough experts to choose from."""
-        for key in ("experts", "active_experts", "expert_width"):
-            require(getattr(self, key) >= 1, f"model.ea.{key} = {getattr(self, key)}: must be at least 1")
         require(
             self.active_experts <= self.experts,
             f"model.ea.active_experts = {self.active_experts} exceeds model.ea.experts = {self.experts}",

@@ -1,12 +1,14 @@
 """Heads of an attention: their projections, dense or as MoEs, which SA and DA share."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from dreamer_jax.dimensions.base import (
     IN_JAX,
     KERNELS,
     Dimension,
+    HeadCount,
     Saved,
     Shape,
     Weight,
@@ -16,30 +18,29 @@ from dreamer_jax.dimensions.base import (
     saved_norm,
     saved_router,
 )
+from dreamer_jax.values import section
 
 
-@dataclass(frozen=True)
+@section("model")
 class Heads(Dimension):
     """Heads of an attention: queries, keys and values of the residual stream."""
 
-    query_heads: int = 1
+    query_heads: HeadCount = 1
     """N: query heads."""
-    kv_heads: int = 1
+    kv_heads: HeadCount = 1
     """K: key/value heads; divides N."""
-    head_size: int = 64
+    head_size: Annotated[int, Field(ge=1, le=2**16)] = 64
     """H: head size."""
 
     balancing = "attention"
     name: ClassVar[str] = ""
 
     def check(self, model: Shape) -> None:
-        """Heads divide, and RoPE fits."""
-        section = f"model.{self.name}"
-        for key in ("query_heads", "kv_heads", "head_size"):
-            require(getattr(self, key) >= 1, f"{section}.{key} = {getattr(self, key)}: must be at least 1")
+        """Heads divide."""
         require(
             self.query_heads % self.kv_heads == 0,
-            f"{section}.query_heads = {self.query_heads} is not a multiple of {section}.kv_heads = {self.kv_heads}",
+            f"model.{self.name}.query_heads = {self.query_heads} is not a multiple of model.{self.name}.kv_heads = "
+            f"{self.kv_heads}",
         )
 
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:

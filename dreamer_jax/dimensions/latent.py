@@ -1,39 +1,45 @@
 """The section of latent attention, `model.latent`."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+from zipfile import BadZipFile
+
+from pydantic import Field
 
 from dreamer_jax.dimensions.base import (
     IN_JAX,
     ConfigError,
+    DepthRotated,
     Dimension,
+    HeadCount,
     Saved,
     Shape,
+    Size,
     Weight,
-    check_depth_rope,
     require,
     saved_norm,
 )
+from dreamer_jax.values import Text, section
 
 
-@dataclass(frozen=True)
+@section("model.latent")
 class LatentAttentionConfig(Dimension):
     """Latent attention: over learned key/value pairs that all depths share, an in-depth memory (section 5)."""
 
-    latents: int = 64
+    latents: Size = 64
     """Z: pairs."""
-    query_heads: int = 1
+    query_heads: HeadCount = 1
     """N: query heads."""
-    kv_heads: int = 1
+    kv_heads: HeadCount = 1
     """K: key/value heads of a pair; divides N."""
-    head_size: int = 64
-    """H: head size; a multiple of 4."""
-    embeddings: str = ""
+    head_size: DepthRotated = 64
+    """H: head size."""
+    embeddings: Text = ""
     """An .npy file of Z text embeddings [Z, C], of which a learned projection makes the pairs; empty for learned pairs.
     It is read once, when the model is initialised; checkpoints contain it."""
-    embedding_size: int = 0
+    embedding_size: Annotated[int, Field(ge=0, le=2**20)] = 0
     """C: size of those embeddings; 0 for learned pairs."""
 
     module = "latent_attention.LatentAttention"
@@ -45,14 +51,10 @@ class LatentAttentionConfig(Dimension):
 
     def check(self, model: Shape) -> None:
         """Heads divide, and a file of embeddings has a size."""
-        for key in ("latents", "query_heads", "kv_heads", "head_size"):
-            require(getattr(self, key) >= 1, f"model.latent.{key} = {getattr(self, key)}: must be at least 1")
         require(
             self.query_heads % self.kv_heads == 0,
             f"model.latent.query_heads = {self.query_heads} is no multiple of model.latent.kv_heads = {self.kv_heads}",
         )
-        check_depth_rope("model.latent.head_size", self.head_size)
-        require(self.embedding_size >= 0, f"model.latent.embedding_size = {self.embedding_size}: must be 0 or more")
         require(
             bool(self.embeddings) == (self.embedding_size > 0),
             "model.latent.embeddings (a file) and model.latent.embedding_size (its columns) go together; give both",
@@ -67,20 +69,31 @@ class LatentAttentionConfig(Dimension):
         """The file's array [Z, C], float32.
 
         Raises:
-            ConfigError: there is no file, or it holds an array of another shape.
+            ConfigError: there is no file, or it holds no array, one of another shape, or other than finite numbers.
         """
         import numpy as np
 
-        path, expected = Path(self.embeddings).expanduser(), (self.latents, self.embedding_size)
-        if not path.is_file():
-            raise ConfigError(f"model.latent.embeddings: there is no file '{path}'")
-        found = np.load(path, allow_pickle=False)
-        if found.shape != expected:
-            raise ConfigError(
-                f"model.latent.embeddings: '{path}' has shape {found.shape}, model.latent.latents and "
-                f"model.latent.embedding_size ask for {expected}"
-            )
-        return found.astype(np.float32)
+        path, expected = Path(os.path.expanduser(self.embeddings)), (self.latents, self.embedding_size)
+        require(path.is_file(), f"model.latent.embeddings: there is no file '{path}'")
+        try:
+            with path.open("rb") as file:
+                found: Any = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, BadZipFile) as error:
+            raise ConfigError(f"model.latent.embeddings: '{path}' is no .npy file: {error}") from None
+        is_array = isinstance(found, np.ndarray) and found.dtype.kind in "fiu"
+        require(is_array, f"model.latent.embeddings: '{path}' holds no array of numbers; write it with numpy.save")
+        require(
+            found.shape == expected,
+            f"model.latent.embeddings: '{path}' has shape {found.shape}, model.latent.latents and "
+            f"model.latent.embedding_size ask for {expected}",
+        )
+        with np.errstate(over="ignore"):
+            embeddings = found.astype(np.float32)
+        require(
+            bool(np.isfinite(embeddings).all()),
+            f"model.latent.embeddings: '{path}' holds numbers that are not finite in float32",
+        )
+        return embeddings
 
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:
         """Query and output projections, and the pairs, or what makes pairs of the embeddings."""

@@ -1,33 +1,29 @@
 """The section of parameter attention, `model.parameter`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from dreamer_jax.dimensions.base import (
     Dimension,
     Saved,
     Shape,
+    Size,
     Weight,
     is_last,
-    require,
     saved_norm,
 )
+from dreamer_jax.values import section
 
 
-@dataclass(frozen=True)
+@section("model.parameter")
 class ParameterAttentionConfig(Dimension):
     """Parameter attention: tokens attend to learned key/value pairs of the model's width (TokenFormer; section 5)."""
 
-    pairs: int = 256
+    pairs: Size = 256
     """P: pairs; a dense layer of this inner size."""
 
     module = "parameter_attention.ParameterAttention"
     fewer: ClassVar[Mapping[str, str]] = {"parameter_pairs": "lower model.parameter.pairs"}
-
-    def check(self, model: Shape) -> None:
-        """There is something to attend to."""
-        require(self.pairs >= 1, f"model.parameter.pairs = {self.pairs}: must be at least 1")
 
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:
         """Pre-norm, keys and values."""

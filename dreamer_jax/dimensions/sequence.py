@@ -1,25 +1,24 @@
 """The section of SA, `model.sa`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from dreamer_jax.dimensions.base import (
-    Saved,
-    Shape,
-    require,
-)
+from pydantic import Field
+
+from dreamer_jax.dimensions.base import HeadCount, RopeBase, Saved, Shape
 from dreamer_jax.dimensions.heads import Heads
+from dreamer_jax.values import section
 
 
-@dataclass(frozen=True)
+@section("model.sa")
 class SequenceAttentionConfig(Heads):
     """SA: causal attention over the sequence (3.3)."""
 
-    query_heads: int = 4
-    kv_heads: int = 2
-    head_size: int = 64
-    rope_base: float = 10_000.0
+    query_heads: HeadCount = 4
+    kv_heads: HeadCount = 2
+    head_size: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] = 64
+    """H: head size; RoPE turns pairs."""
+    rope_base: RopeBase = 10_000.0
     """RoPE base over sequence positions."""
 
     module = "sequence_attention.SequenceAttention"
@@ -28,11 +27,6 @@ class SequenceAttentionConfig(Heads):
         "sa_projections": "lower model.router.attention_experts, model.sa.query_heads or model.sa.kv_heads",
         "sa_attention": "lower model.sa.query_heads or model.sa.head_size",
     }
-
-    def check(self, model: Shape) -> None:
-        """RoPE turns pairs of numbers."""
-        super().check(model)
-        require(self.head_size % 2 == 0, f"model.sa.head_size = {self.head_size}: RoPE needs an even size")
 
     def products(self, model: Shape, context: float, depths: tuple[int, ...]) -> dict[str, float]:
         """Scores and weighted values over the context."""

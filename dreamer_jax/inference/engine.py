@@ -17,6 +17,8 @@ from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import Dreamer, check_tokens, checked_depth, made_ready
 from dreamer_jax.model.mixture import Memories
 
+LONGEST = 2**20
+"""Tokens of an answer: more is a slip of the keyboard, and its cache fits nowhere."""
 OnToken = Callable[[int, int], bool | None]
 """(row of the batch, new token) -> True to end this row here."""
 
@@ -110,11 +112,10 @@ def complete(
     it says depends on its prompt, its index in the batch and the seed, not on the other rows.
 
     Raises:
-        GenerationError: no prompt, an empty one, or max_tokens below 1.
+        GenerationError: no prompt, an empty one, a seed or max_tokens out of range.
         TokenError: an id outside of the vocabulary.
     """
-    if max_tokens < 1:
-        raise GenerationError(f"max-tokens = {max_tokens}: must be at least 1")
+    check_request(max_tokens, seed)
     tokens, lengths = padded(prompts)
     check_tokens(tokens, decoder.config.vocab)
     longest = int(lengths.max()) + max_tokens - 1  # the last token is never read
@@ -130,6 +131,14 @@ def complete(
         if completions.append(jax.device_get(latest)):
             break
     return completions.tokens
+
+
+def check_request(max_tokens: int, seed: int) -> None:
+    """Raise GenerationError for a number that is out of its range."""
+    if not 1 <= max_tokens <= LONGEST:
+        raise GenerationError(f"max-tokens = {max_tokens}: must be at least 1 and at most {LONGEST:,}")
+    if not 0 <= seed < 2**32:
+        raise GenerationError(f"seed = {seed}: must be at least 0 and below 2^32")
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:

@@ -22,26 +22,32 @@ class TextStream:
         self.ended = False
         """Whether a stop string has come."""
         self._decode, self._stop = decode, tuple(stop)
-        self._shown: list[int] = []
-        self._waiting: list[int] = []
+        self._tokens: list[int] = []
+        """The latest tokens: some that are shown, which the text of the others depends on, and the others."""
+        self._shown, self._length = 0, 0
+        """Of these, the tokens that are shown, and the length of their text."""
         self._text = ""
 
     def push(self, token: int) -> str:
         """The text that can be shown after one more token; empty while a character or a stop string may go on."""
-        self._waiting.append(token)
-        text = self._decoded()
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
         if self.ended or text.endswith(INCOMPLETE):
             return ""
-        # A piece is decoded after its predecessors, because some tokenizers drop a leading space.
-        self._shown, self._waiting = self._waiting, []
-        return self._release(text)
+        new, latest = text[self._length :], self._tokens[self._shown :]
+        alone = self._decode(latest)
+        if alone.strip():
+            # They can stand for all before them. Without a word of text they cannot: some tokenizers drop the spaces
+            # in front of the first word, and some tokens have no text at all.
+            self._tokens, text = latest, alone
+        self._shown, self._length = len(self._tokens), len(text)
+        return self._release(new)
 
     def finish(self) -> str:
         """The text that was still held back, when no token follows. A character cut in half is left out."""
-        return "" if self.ended else self._release(self._decoded().rstrip(INCOMPLETE), last=True)
-
-    def _decoded(self) -> str:
-        return self._decode(self._shown + self._waiting)[len(self._decode(self._shown)) :]
+        if self.ended:
+            return ""
+        return self._release(self._decode(self._tokens)[self._length :].rstrip(INCOMPLETE), last=True)
 
     def _release(self, new: str, *, last: bool = False) -> str:
         text = self._text + new

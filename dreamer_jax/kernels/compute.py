@@ -84,6 +84,8 @@ def implementation(name: KernelsName) -> Implementation:
 
 def choose(choice: Literal["auto"] | KernelsName, platform: str, dtype: DTypeLike) -> KernelsName:
     """The choice, checked; or the fastest implementation of a JAX platform for a compute type."""
+    if jax.config.read("jax_enable_x64"):
+        raise ConfigError("JAX_ENABLE_X64 is set: models compute in float32 or bfloat16, unset it")
     if choice == "native" and (reason := _not_native(platform, dtype)):
         raise ConfigError(f"kernels.implementation = 'native': {reason}")
     if choice != "auto":

@@ -21,6 +21,9 @@ from dreamer_jax.model.mixture import Layer, Memories
 from dreamer_jax.model.parameters import WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
 
+DEEPEST = 4096
+"""As in the config: more is a slip of the keyboard."""
+
 
 class TokenError(DreamerError, ValueError):
     """Ids that the model does not have; the message names one."""
@@ -208,6 +211,8 @@ def checked_depth(config: ModelConfig, depth: int | None) -> int:
         return config.depth
     if depth < 1:
         raise ConfigError(f"depth = {depth}: at least one depth must run")
+    if depth > DEEPEST:
+        raise ConfigError(f"depth = {depth}: at most {DEEPEST} depths can run")
     if not config.depth_recurrent and depth != config.depth:
         raise ConfigError(f"depth = {depth}: this model has {config.depth} distinct layers and runs at that depth only")
     for name in config.dimensions:

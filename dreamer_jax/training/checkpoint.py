@@ -2,12 +2,13 @@
 
 <run>/config.json            the resolved config
 <run>/tokenizer/             the tokenizer's file
-<run>/checkpoints/<step>/    Orbax: model (parameters, router biases), training (optimizer, counters), meta (config)
+<run>/checkpoints/<step>/    Orbax: model (parameters, router biases), training (optimizer, counters), meta (config,
+                             position in the data, a checksum of each array)
 """
 
 import dataclasses
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,24 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as managers
+from orbax.checkpoint.path import step as step_names
 
-from dreamer_jax.config import CheckpointConfig, Config, from_dict, to_json
+from dreamer_jax.config import CheckpointConfig, Config, TrainConfig, from_json, to_json
+from dreamer_jax.data.tokenizer import find_tokenizer
 from dreamer_jax.errors import DreamerError
+from dreamer_jax.files import write_whole
 from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import taken_apart
+from dreamer_jax.training.checksums import checksums, damaged
 from dreamer_jax.training.optimizer import adamw
 from dreamer_jax.training.step import TrainState
 
 Leaves = dict[str, Any]
 """Arrays by their path in the state, such as "params.layer.ea.w_down"."""
+
+
+ITEMS = ("model", "training")
+"""What holds arrays."""
 
 
 class CheckpointError(DreamerError, RuntimeError):
@@ -53,18 +62,60 @@ class Loaded(NamedTuple):
         return self.tokenizer_path
 
 
+class Damage(CheckpointError):
+    """A checkpoint whose files are missing, cut or changed; the message names what."""
+
+
+class Position(NamedTuple):
+    """Where a checkpoint stands in the run, beside its arrays."""
+
+    rows: int
+    """Rows of the mixture that training has taken."""
+    data: str | None
+    """Name of the prepared data; None in checkpoints of 0.1."""
+
+
+class _WholeSteps:
+    """How Orbax finds checkpoints: as by default, but without what others leave beside them (an empty folder `77`)."""
+
+    def __init__(self) -> None:
+        self._standard: Any = step_names.standard_name_format()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._standard, name)
+
+    def build_name(self, step: int) -> str:
+        return self._standard.build_name(step)
+
+    def find_all(self, base_path: Any) -> Any:
+        return (found for found in self._standard.find_all(base_path) if _has_content(Path(found.path)))
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        return self._standard.find_step(base_path, step)
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    The newest is not yet known to be good: the next step's loss shows what its weights are worth. So training keeps
+    one more than `checkpoint.keep`, until the run ends well and `prune` is called.
+    """
 
     def __init__(self, run_dir: Path, policy: CheckpointConfig | None = None):
         """Open the folder; with a `policy` for writing, otherwise for reading."""
         self.directory = (run_dir / "checkpoints").absolute()
+        self._policy = policy
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.LatestN(policy.keep) if policy else None,
+            step_name_format=_WholeSteps(),  # type: ignore[arg-type]
+            preservation_policy=managers.LatestN(policy.keep + 1) if policy else None,
             cleanup_tmp_directories=policy is not None,
             create=policy is not None,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("model", "training")}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -78,23 +129,29 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint."""
+        """The newest checkpoint."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """All whole checkpoints, oldest first."""
+        """All checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, config: Config, state: TrainState, step: int) -> None:
+    def save(self, config: Config, state: TrainState, step: int, position: Position) -> None:
         """Start writing the state after `step` steps; returns as soon as the state may be donated."""
         if step == self.latest:
             return
         model, training = _split(state)
+        meta = {
+            "step": step,
+            "config": json.loads(to_json(config)),
+            "checksums": checksums(model | training),
+            **position._asdict(),
+        }
         items = {
             "model": ocp.args.StandardSave(model),
             "training": ocp.args.StandardSave(training),
-            "meta": ocp.args.JsonSave({"step": step, "config": json.loads(to_json(config))}),
+            "meta": ocp.args.JsonSave(meta),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -102,16 +159,28 @@ class Checkpoints:
         """Return when what was saved is on disk."""
         self._manager.wait_until_finished()
 
+    def prune(self) -> None:
+        """Leave the newest `checkpoint.keep`."""
+        assert self._policy
+        self.wait()
+        for step in self.steps[: -self._policy.keep]:
+            self._manager.delete(step)
+
+    def drop(self, step: int) -> None:
+        """Delete one checkpoint."""
+        self.wait()
+        self._manager.delete(step)
+
     def restore(self, state: TrainState, step: int) -> TrainState:
         """The checkpoint's arrays in the structure, dtypes and shardings of `state`.
 
         Raises:
             CheckpointError: a missing, extra or misshapen array, named.
+            Damage: files that are damaged, or an array that is not what was saved, named.
         """
         model, training = _split(state)
-        return _joined(
-            state, self._restore_leaves("model", model, step) | self._restore_leaves("training", training, step)
-        )
+        leaves = self._restore_leaves("model", model, step) | self._restore_leaves("training", training, step)
+        return _joined(state, leaves)
 
     def restore_model(self, leaves: Leaves, step: int) -> Leaves:
         """Parameters and router biases alone."""
@@ -119,16 +188,81 @@ class Checkpoints:
 
     def config(self, step: int) -> Config:
         """The config that the checkpoint was written with."""
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return from_dict(Config, meta["config"])
+        return from_json(json.dumps(self._meta(step)["config"]))
+
+    def position(self, step: int) -> Position:
+        """Where the checkpoint stands in the run."""
+        meta = self._meta(step)
+        batch = meta["config"]["train"].get("batch", TrainConfig().batch)
+        return Position(meta.get("rows", step * batch), meta.get("data"))
+
+    def newest_whole(self, before: int) -> int | None:
+        """The newest checkpoint older than `before` whose files are there and whose arrays are what was saved."""
+        return next((step for step in reversed(self.steps) if step < before and self._is_whole(step)), None)
+
+    def _is_whole(self, step: int) -> bool:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            for item in ITEMS:
+                saved = self._arrays(step, item).items()
+                leaves = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for name, a in saved}
+                self._restore_leaves(item, leaves, step)
+        except CheckpointError:
+            return False
+        return True
+
+    def _arrays(self, step: int, item: str) -> Leaves:
+        """What Orbax knows of the arrays of a checkpoint."""
+        return self._read(step, lambda: dict(self._manager.item_metadata(step)[item]))
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._read(step, lambda: self._manager.restore(step, args=args)["meta"])
+        if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
+            raise Damage(f"checkpoint {step} of '{self.directory}': 'meta/metadata' holds no config")
+        return meta
 
     def _restore_leaves(self, item: str, leaves: Leaves, step: int) -> Leaves:
-        metadata = self._manager.item_metadata(step)[item]
-        saved = {name: tuple(array.shape) for name, array in dict(metadata).items()}
+        saved = {name: tuple(array.shape) for name, array in self._arrays(step, item).items()}
         _check(self.directory / str(step) / item, saved, {name: tuple(array.shape) for name, array in leaves.items()})
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), leaves)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-        return self._manager.restore(step, args=args)[item]
+        restored: Leaves = self._read(step, lambda: self._manager.restore(step, args=args)[item])
+        if wrong := damaged(restored, self._meta(step).get("checksums", {})):
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise Damage(f"checkpoint {step} of '{self.directory}': the array {wrong[0]}{more} is not what was saved")
+        return restored
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read()` gives of a checkpoint; any error of it names the file that is missing or cut, if there is one.
+
+        Raises:
+            Damage: it cannot be read.
+        """
+        if faults := _file_faults(self.directory / str(step)):
+            raise Damage(f"checkpoint {step} of '{self.directory}': {faults[0]}")
+        try:
+            return read()
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            words = " ".join(str(error).split())[:300]
+            raise Damage(
+                f"checkpoint {step} of '{self.directory}' cannot be read: {type(error).__name__}: {words}"
+            ) from error
+
+
+def _file_faults(folder: Path) -> list[str]:
+    """The files that a checkpoint must have and that are missing or empty."""
+    names = ["_CHECKPOINT_METADATA", "meta/metadata"]
+    names += [f"{item}/{name}" for item in ITEMS for name in ("_METADATA", "manifest.ocdbt")]
+    faults = [f"'{folder / name}' is missing" for name in names if not (folder / name).is_file()]
+    for item in ITEMS:
+        if (folder / item).is_dir() and not any((folder / item).rglob("d/*")):
+            faults.append(f"'{folder / item}' has no data files")
+    return faults + [f"'{folder / name}' is empty" for name in names if _is_empty(folder / name)]
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
 
 
 def _check(where: Path, saved: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -166,12 +300,8 @@ def write_run_files(run_dir: Path, config: Config, tokenizer_path: Path | None) 
     """Put the config and the tokenizer into the run folder, so that it needs nothing else."""
     (run_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
     if tokenizer_path is not None:
-        target = run_dir / "tokenizer" / tokenizer_path.name
-        if tokenizer_path.resolve() != target.resolve():
-            shutil.copyfile(tokenizer_path, target)
-    draft = run_dir / "config.json.tmp"
-    draft.write_text(to_json(config))
-    draft.replace(run_dir / "config.json")
+        write_whole(run_dir / "tokenizer" / tokenizer_path.name, tokenizer_path.read_bytes())
+    write_whole(run_dir / "config.json", to_json(config))
 
 
 def check_tokenizer(run_dir: Path, tokenizer_path: Path) -> None:
@@ -180,10 +310,10 @@ def check_tokenizer(run_dir: Path, tokenizer_path: Path) -> None:
     Raises:
         CheckpointError: the run folder holds another one.
     """
-    kept = sorted((run_dir / "tokenizer").glob("*"))
-    if kept and kept[0].read_bytes() != tokenizer_path.read_bytes():
+    kept = find_tokenizer(run_dir / "tokenizer")
+    if kept and kept.read_bytes() != tokenizer_path.read_bytes():
         raise CheckpointError(
-            f"{run_dir} was trained with another tokenizer; give --data.tokenizer {kept[0]}, or the run another --name"
+            f"{run_dir} was trained with another tokenizer; give --data.tokenizer {kept}, or the run another --name"
         )
 
 
@@ -203,15 +333,15 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
     """The model of a run folder, or of one of the checkpoints in it.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it does not fit its config.
+        CheckpointError: there is no checkpoint, it does not fit its config, or it is damaged; then the message names
+            the newest that is whole.
     """
+    directory = directory.expanduser()
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
         directory, step = directory.parent.parent, int(directory.name)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"'{directory}' is not a run folder: it has no config.json (train writes runs/<name>)")
-    tokenizers = sorted((directory / "tokenizer").glob("*"))
-    if len(tokenizers) > 1:
-        raise CheckpointError(f"'{directory}/tokenizer' must hold one file, it holds {len(tokenizers)}")
+    tokenizer = find_tokenizer(directory / "tokenizer")
     with Checkpoints(directory) as checkpoints:
         step = checkpoints.latest if step is None else step
         if step is None or step not in checkpoints.steps:
@@ -219,9 +349,14 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
             raise CheckpointError(
                 f"'{directory}' has no whole checkpoint{'' if step is None else f' {step}'} (found: {found})"
             )
-        config = checkpoints.config(step)
-        model = _restored_model(checkpoints, config, step)
-    return Loaded(config, model, tokenizers[0] if tokenizers else None, step)
+        try:
+            config = checkpoints.config(step)
+            model = _restored_model(checkpoints, config, step)
+        except Damage as damage:
+            whole = checkpoints.newest_whole(step)
+            way = f"give --checkpoint {checkpoints.directory / str(whole)}" if whole is not None else "none is whole"
+            raise CheckpointError(f"{damage}\nbefore it: {way}") from damage
+    return Loaded(config, model, tokenizer, step)
 
 
 def _restored_model(checkpoints: Checkpoints, config: Config, step: int) -> Dreamer:
@@ -248,5 +383,5 @@ def save_model(run_dir: Path, config: Config, model: Dreamer, tokenizer_path: Pa
     with Checkpoints(run_dir, config.checkpoint) as checkpoints:
         if checkpoints.latest is not None:
             raise CheckpointError(f"'{run_dir}' has checkpoints already; choose another --out")
-        checkpoints.save(config, state, 0)
+        checkpoints.save(config, state, 0, Position(rows=0, data=None))
     write_run_files(run_dir, config, tokenizer_path)

@@ -1,11 +1,13 @@
 """The training run: data, state, steps, figures, checkpoints; resumes by itself."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 from dreamer_jax import sharding
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.hardware import peak_flops
-from dreamer_jax.config import Config, ConfigError
+from dreamer_jax.config import Config, ConfigError, check_run_path
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
 from dreamer_jax.data.loader import batches
@@ -26,6 +28,8 @@ from dreamer_jax.training import metrics
 from dreamer_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
+    Damage,
+    Position,
     changed_keys,
     check_tokenizer,
     write_run_files,
@@ -80,6 +84,7 @@ def train(config: Config, group: Group | None = None) -> Summary:
         raise DistributedError(
             "JAX has several processes: call train inside of `with distributed.joined(...) as group`"
         )
+    check_run_path(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, config.train.microbatches, mesh)
     prepared = _prepared(config, group)
@@ -94,15 +99,16 @@ def train(config: Config, group: Group | None = None) -> Summary:
         state, start = _resumed(config, checkpoints, state, prepared, group)
         if group.index == 0:
             write_run_files(config.run_dir, config, prepared.tokenizer)
-        with Sinks(config, step=start, process=group.index) as sinks:
-            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, Agreement(asked, mesh), group)
-            state, step = run.steps(state, start)
+        with Sinks(config, step=start.step, process=group.index) as sinks:
+            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, Agreement(asked, mesh), group, start)
+            state, step = run.steps(state)
+            stopped_by = (asked.signal_name or "a signal to another process") if step < config.train.steps else None
+            validation = None if stopped_by else run.finished(state, step)
             run.save(state, step)
             group.beat("writing the last checkpoint", slow=True)
             checkpoints.wait()
-            stopped_by = (asked.signal_name or "a signal to another process") if step < config.train.steps else None
-            recorded = metrics.has_record(config.run_dir / "metrics.jsonl", step, "validation/loss")
-            validation = None if stopped_by else run.validate(state, step, record=not recorded)
+            if not stopped_by:
+                checkpoints.prune()
     # One device: kernels do not run on arrays spread over several outside of shard_map.
     params, biases = sharding.on_one_device(mesh, (state.params, state.biases))
     model = nnx.merge(graph, params, biases)
@@ -117,10 +123,18 @@ def _prepared(config: Config, group: Group) -> Prepared:
     return prepared or prepare(config, process_index=group.index)
 
 
+class _Start(NamedTuple):
+    """Where a run begins."""
+
+    step: int
+    rows: int
+    """Rows of the mixture that are behind it."""
+
+
 def _resumed(
     config: Config, checkpoints: Checkpoints, state: TrainState, prepared: Prepared, group: Group
-) -> tuple[TrainState, int]:
-    """The state to start from and the steps that it has behind it."""
+) -> tuple[TrainState, _Start]:
+    """The state to start from, and what it has behind it."""
     step = checkpoints.latest
     first = group.told("newest checkpoint", str(step))
     if first != str(step):
@@ -129,20 +143,38 @@ def _resumed(
             f"must be on a file system that all processes share"
         )
     if step is None:
-        return state, 0
-    changed = changed_keys(checkpoints.config(step), config)
-    other_model = [key for key in changed if key.startswith("model.")]
+        return state, _Start(0, 0)
+    try:
+        return _restored(config, checkpoints, state, step, prepared, group)
+    except Damage as damage:
+        whole = checkpoints.newest_whole(step) if group.count == 1 else None
+        folder = checkpoints.directory / str(step)
+        then = "start again" if whole is None else f"go on from step {whole}, which is whole"
+        raise CheckpointError(
+            f"{damage}\nto {then}, move it away and give the same command again:\n  mv '{folder}' '{folder}.damaged'"
+        ) from damage
+
+
+def _restored(
+    config: Config, checkpoints: Checkpoints, state: TrainState, step: int, prepared: Prepared, group: Group
+) -> tuple[TrainState, _Start]:
+    changed, position = changed_keys(checkpoints.config(step), config), checkpoints.position(step)
+    other_model = [key for key in changed if key.startswith("model.") or key == "data.special_tokens"]
     if other_model:
         raise ConfigError(
             f"{config.run_dir} holds checkpoints of another model (differs in {', '.join(other_model)}); "
             f"give the run another --name, or delete the folder"
         )
-    if group.index:
-        return checkpoints.restore(state, step), step
-    check_tokenizer(config.run_dir, prepared.tokenizer)
-    note = f"; changed since it was written: {', '.join(changed)}" if changed else ""
-    print(f"resuming from step {step} of {checkpoints.directory}{note}", flush=True)
-    return checkpoints.restore(state, step), step
+    if not group.index:
+        check_tokenizer(config.run_dir, prepared.tokenizer)
+        note = f"; changed since it was written: {', '.join(changed)}" if changed else ""
+        if position.data not in (None, prepared.directory.name):
+            note += f"; the data are others than before ({position.data}, now {prepared.directory.name})"
+        print(f"resuming from step {step} of {checkpoints.directory}{note}", flush=True)
+    restored = checkpoints.restore(state, step)
+    # What is saved is good; a count of bad steps in old checkpoints would end the run at its first.
+    good = jnp.zeros_like(restored.bad_in_a_row)
+    return restored._replace(bad_in_a_row=good), _Start(step, position.rows)
 
 
 @dataclass
@@ -157,34 +189,38 @@ class _Run:
     sinks: Sinks
     agreement: Agreement
     group: Group
+    start: _Start
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
         self.train_step = _together(make_train_step(self.config, compute, self.mesh, self.graph), self.group)
         self.evaluation = _together(make_evaluation(self.config, compute, self.mesh, self.graph), self.group)
         self.last_loss: float | None = None
+        self.last_read, self.bad = self.start.step, 0
         self.reporter = _Reporter(self.config, self.mesh.size)
         self.place = sharding.batch_sharding(self.mesh)
         self.held = held_rows(self.place, self.config.train.batch)
 
-    def steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+    def steps(self, state: TrainState) -> tuple[TrainState, int]:
         """Take steps until the end or a signal; returns the state and the number of steps behind it.
 
         The next step is dispatched before the last one's figures are read, so that the device never waits for them.
         """
         pending: tuple[int, StepResult, Any] | None = None
-        step = start
+        step = start = self.start.step
         self.group.beat(f"step {start + 1}", slow=True)
-        for step, batch in enumerate(self.timed(self.batches("train", start)), start + 1):
+        for step, batch in enumerate(self.timed(self.batches("train")), start + 1):
             state, result = self.train_step(state, batch)
             # The step donates its state, so what the report needs of the new one is copied here.
             biases = jax.tree.map(lambda b: b.copy(), state.biases) if self._reports(step) else None
             if pending:
                 self.read(*pending)
+                self.check_divergence(state)
             pending = (step, result, biases)
             if self._saves(step) or self._validates(step):
                 # A checkpoint comes after its own step's records, so that a resumed run's records have no gap.
                 self.read(*pending)
+                self.check_divergence(state)
                 pending = None
             if self._validates(step):
                 self.validate(state, step)
@@ -194,27 +230,69 @@ class _Run:
                 break
         if pending:
             self.read(*pending)
+            self.check_divergence(state)
         return state, step
 
     def save(self, state: TrainState, step: int) -> None:
-        """Start to write a checkpoint."""
+        """Start to write a checkpoint, unless the last step was bad."""
+        if self.bad:
+            self.sinks.say(f"step {step}: not saved, because its loss or gradient is not finite")
+            return
         self.group.beat(f"the checkpoint of step {step}", slow=True)
-        self.checkpoints.save(self.config, state, step)
+        self.sinks.flush()  # records are not to fall behind the state that goes on from here
+        rows = self.start.rows + (step - self.start.step) * self.config.train.batch
+        self.checkpoints.save(self.config, state, step, Position(rows, self.prepared.directory.name))
         self.group.beat(f"step {step + 1}")
 
+    def finished(self, state: TrainState, step: int) -> float | None:
+        """The held-out loss of a run that has taken all steps.
+
+        Raises:
+            TrainingDiverged: the last step's loss, or this one, is not finite.
+        """
+        recorded = metrics.has_record(self.config.run_dir / "metrics.jsonl", step, "validation/loss")
+        loss = self.validate(state, step, record=not recorded)
+        if self.bad or not math.isfinite(loss or 0.0):
+            raise self.diverged(state, step)
+        return loss
+
+    def check_divergence(self, state: TrainState) -> None:
+        """Raise TrainingDiverged after too many bad steps in a row."""
+        if self.bad >= self.config.train.max_bad_steps:
+            raise self.diverged(state, self.last_read)
+
+    def diverged(self, state: TrainState, step: int) -> TrainingDiverged:
+        """The error, after a look at what the weights before the first bad step are worth.
+
+        A checkpoint of them whose held-out loss is not finite is none to go on from: an older one takes its place.
+        """
+        first_bad = step - self.bad + 1
+        latest, held_out = self.checkpoints.latest, self.validate(state, step, record=False)
+        older = [saved for saved in self.checkpoints.steps if latest is not None and saved < latest]
+        poisoned = latest is not None and latest >= first_bad - 1 and not math.isfinite(held_out or 0.0)
+        if latest is not None and poisoned and older:
+            self.checkpoints.drop(latest)
+            latest = older[-1]
+        what = f"steps {first_bad} to {step} had a non-finite loss or gradient and were skipped"
+        if not self.bad:
+            what = f"the held-out loss after step {step} is not finite"
+        if latest is None or (poisoned and not older):
+            return TrainingDiverged(
+                f"{what}; no good checkpoint is there. Lower optimizer.learning_rate, or look at the data, and give "
+                f"the run another --name"
+            )
+        return TrainingDiverged(
+            f"{what}; the last good checkpoint is step {latest}. Lower optimizer.learning_rate, or look at the data: "
+            f"the same command goes on from there."
+        )
+
     def read(self, step: int, result: StepResult, biases: Any) -> None:
-        """Report a step whose figures are ready, and stop the run if it diverges."""
+        """Report a step whose figures are ready."""
         self.reporter.count(int(result.figures.tokens))
         self.group.beat(f"step {step + 1}")
-        self.last_loss = float(result.loss)
-        bad = int(result.bad_in_a_row)
-        if bad >= self.config.train.max_bad_steps:
-            raise TrainingDiverged(
-                f"steps {step - bad + 1} to {step} had a non-finite loss or gradient and were skipped; the last good "
-                f"checkpoint is step {self.checkpoints.latest}. Lower optimizer.learning_rate, or look at the data."
-            )
-        if bad:
-            self.sinks.say(f"step {step}: non-finite loss or gradient, update skipped ({bad} in a row)")
+        self.last_read, self.last_loss, self.bad = step, float(result.loss), int(result.bad_in_a_row)
+        if self.bad:
+            self.sinks.say(f"step {step}: non-finite loss or gradient, update skipped ({self.bad} in a row)")
         self.sinks.advance(step)
         if self._reports(step):
             self.sinks.write(step, self.reporter.record(result, biases))
@@ -224,7 +302,7 @@ class _Run:
         total, count = 0.0, 0.0
         started = time.monotonic()
         self.group.beat(f"the validation of step {step}", slow=True)
-        for batch in self.batches("validation", 0):
+        for batch in self.batches("validation"):
             loss, positions = self.evaluation(state.params, state.biases, batch)
             total, count = total + float(loss), count + float(positions)
         self.reporter.pause(time.monotonic() - started)
@@ -235,11 +313,12 @@ class _Run:
             self.sinks.write(step, metrics.validation_record(total / count))
         return total / count
 
-    def batches(self, split: Any, start: int) -> Iterator[Batch]:
+    def batches(self, split: Any) -> Iterator[Batch]:
         """Batches on the devices."""
-        if split == "train" and start >= self.config.train.steps:
+        if split == "train" and self.start.step >= self.config.train.steps:
             return
-        for batch in batches(self.prepared, self.config, split=split, start_step=start, held=self.held):
+        first = self.start.rows if split == "train" else 0
+        for batch in batches(self.prepared, self.config, split=split, start_row=first, held=self.held):
             yield place_rows(self.place, self.config.train.batch, self.held, batch)
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:

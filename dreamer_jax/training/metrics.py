@@ -24,6 +24,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from dreamer_jax.config import Config, ConfigError
+from dreamer_jax.files import open_without_links, write_whole
 
 Record = dict[str, float | list[float]]
 Write = Callable[[int, Record], None]
@@ -221,6 +222,7 @@ class Sinks:
         self._config, self._step, self._active = config, step, process == 0
         self._stream = stream
         self._writes: list[Write] = []
+        self._flush: Callable[[], None] = lambda: None
         self._progress: Progress | None = None
         self._stack = contextlib.ExitStack()
 
@@ -234,7 +236,8 @@ class Sinks:
                 self._writes.append(stack.enter_context(wandb_sink(config, step)))
             self._writes.append(stack.enter_context(json_lines_sink(folder / "metrics.jsonl", step)))
             if config.log.tensorboard:
-                self._writes.append(stack.enter_context(tensorboard_sink(folder / "tensorboard", step)))
+                write, self._flush = stack.enter_context(tensorboard_sink(folder / "tensorboard", step))
+                self._writes.append(write)
             self._progress = stack.enter_context(Progress(config.train.steps, step, self._stream or sys.stderr))
             self._writes.append(self._progress.show)
             self._stack = stack.pop_all()
@@ -251,28 +254,38 @@ class Sinks:
             self._progress.advance(step)
 
     def write(self, step: int, record: Record) -> None:
-        """Send a record to every sink."""
-        for write in self._writes:
-            write(step, record)
+        """Send a record to every sink; one that cannot take it, on a full disk say, gets no more."""
+        for write in list(self._writes):
+            try:
+                write(step, record)
+            except OSError as error:
+                self._writes.remove(write)
+                self.say(f"step {step}: a record cannot be written ({error}); the run goes on without this report")
 
     def say(self, message: str) -> None:
         """Print a line beside the progress, without tearing it."""
         if self._progress:
             self._progress.say(message)
 
+    def flush(self) -> None:
+        """Hand everything that was written to the system, so that a kill does not lose it."""
+        self._flush()
+
 
 @contextlib.contextmanager
 def json_lines_sink(path: Path, step: int) -> Iterator[Write]:
     """One JSON object a line. Numbers that are not finite become null: JSON has none, and readers give NaN for it."""
     drop_later_records(path, step)
-    with path.open("a", encoding="utf-8") as file:
+    descriptor = open_without_links(path, os.O_WRONLY | os.O_APPEND)
 
-        def write(step: int, record: Record) -> None:
-            valid = {name: _null_unless_finite(value) for name, value in record.items()}
-            file.write(json.dumps({"step": step, **valid}, allow_nan=False) + "\n")
-            file.flush()
+    def write(step: int, record: Record) -> None:
+        valid = {name: _null_unless_finite(value) for name, value in record.items()}
+        os.write(descriptor, (json.dumps({"step": step, **valid}, allow_nan=False) + "\n").encode())
 
+    try:
         yield write
+    finally:
+        os.close(descriptor)
 
 
 def drop_later_records(path: Path, step: int) -> None:
@@ -281,17 +294,12 @@ def drop_later_records(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _step_of(line) <= step]
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 @contextlib.contextmanager
-def tensorboard_sink(folder: Path, step: int) -> Iterator[Write]:
-    """TensorBoard events: a list is one scalar per depth. What a crash left of later steps is voided."""
+def tensorboard_sink(folder: Path, step: int) -> Iterator[tuple[Write, Callable[[], None]]]:
+    """TensorBoard events, and their flush: a list is one scalar a depth. What a crash left of later steps is voided."""
     with SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30) as writer:
 
         def write(step: int, record: Record) -> None:
@@ -299,7 +307,7 @@ def tensorboard_sink(folder: Path, step: int) -> Iterator[Write]:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
             writer.file_writer.add_summary(Summary(value=values), step)
 
-        yield write
+        yield write, writer.flush
 
 
 @contextlib.contextmanager
@@ -322,7 +330,7 @@ def wandb_sink(config: Config, step: int) -> Iterator[Write]:
         config=dataclasses.asdict(config),
     )
     try:
-        id_file.write_text(run.id + "\n")
+        write_whole(id_file, run.id + "\n")
         yield lambda step, record: run.log(scalars(record), step=step)
     except BaseException:
         run.finish(exit_code=1)

@@ -21,9 +21,9 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array,
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; decoupled weight decay on matrices, not on norms."""
+    """Clip by global norm (0: not at all), then AdamW; decoupled weight decay on matrices, not on norms."""
     return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip),
+        optax.clip_by_global_norm(config.gradient_clip or float("inf")),
         optax.adamw(
             lambda step: learning_rate(config, step),
             b1=config.beta1,

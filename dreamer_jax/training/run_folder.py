@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dreamer_jax.distributed import Group, becomes_visible
 from dreamer_jax.errors import DreamerError
+from dreamer_jax.files import open_without_links
 
 
 class RunFolderError(DreamerError, RuntimeError):
@@ -30,7 +31,7 @@ def claimed(run_dir: Path, group: Group) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with os.fdopen(open_without_links(path, os.O_RDWR | os.O_APPEND), "a+") as file:
         _lock(file.fileno(), path)
         owner = f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         file.truncate(0)

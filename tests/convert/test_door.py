@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dreamer_jax import convert
-from dreamer_jax.config import Config, DataConfig
+from dreamer_jax.config import Config, DataConfig, to_json
 from dreamer_jax.convert.__main__ import main
 from dreamer_jax.data.tokenizer import train_sentencepiece
 from dreamer_jax.training.checkpoint import load_model, save_model
@@ -78,6 +78,31 @@ def test_wrong_arguments_are_explained(arguments, message, run, tmp_path, capsys
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file", "is a file; give a folder"),
+        ("RUN", "is a run folder, or lies inside of one"),
+        ("RUN/checkpoints/2", "is a run folder, or lies inside of one"),
+        ("RUN/new/export", "is a run folder, or lies inside of one"),
+        ("model", "holds a model that is no export of a run"),
+        ("export", "has the export of the run 'another'"),
+    ],
+)
+def test_an_export_overwrites_nothing_but_an_earlier_one_of_its_run(place, message, run, tmp_path, capsys):
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "export").mkdir()
+    other = dataclasses.replace(load_model(run).config, name="another")
+    (tmp_path / "export" / "run.json").write_text(to_json(other))
+    before = sorted(str(path) for path in (*tmp_path.rglob("*"), *run.rglob("*")))
+    out = place.replace("RUN", str(run)) if "RUN" in place else str(tmp_path / place)
+    assert main(["--checkpoint", str(run), "--to", "safetensors", "--out", out]) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(str(path) for path in (*tmp_path.rglob("*"), *run.rglob("*"))) == before
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten_and_a_missing_tokenizer_is_noted(run, tmp_path, capsys):

@@ -124,3 +124,73 @@ def test_unreadable_exports_are_explained(tmp_path):
     del fields["model"]["widht"]
     (tmp_path / "model.safetensors").write_bytes(b"not one")
     assert "SafetensorError" in rejected(json.dumps(fields))
+
+
+def tampered(tmp_path, change):
+    """The error of an export whose arrays were changed after it was written, checksums and all."""
+    config, arrays = example()
+    convert.save_safetensors(tmp_path, config, arrays)
+    save_file({**arrays, **change(arrays)}, tmp_path / "model.safetensors")
+    with pytest.raises(convert.WeightError) as raised:
+        convert.load_safetensors(tmp_path)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.uint8])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    message = tampered(tmp_path, lambda arrays: {"embed": arrays["embed"].astype(dtype)})
+    assert f"embed holds {np.dtype(dtype)}; weights are floating-point numbers" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_in_both_directions(tmp_path, value):
+    def poison(arrays):
+        embed = arrays["embed"].copy()
+        embed[3, 4] = value
+        return {"embed": embed}
+
+    assert "embed has numbers that are not finite" in tampered(tmp_path, poison)
+    config, arrays = example()
+    with pytest.raises(convert.WeightError, match="embed has numbers that are not finite"):
+        convert.save_safetensors(tmp_path / "other", config, {**arrays, **poison(arrays)})
+
+
+def test_a_flipped_bit_of_an_export_is_noticed_and_named(tmp_path):
+    config, arrays = example()
+    convert.save_safetensors(tmp_path, config, arrays)
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(convert.WeightError, match=r"is damaged: \S+ is not what was written; export it again"):
+        convert.load_safetensors(tmp_path)
+
+
+CONFIGS = {
+    "a list": (b"[]", "has no section 'model'"),
+    "no section": (b'{"merged": false}', "has no section 'model'"),
+    "not JSON": (b"{", "is not JSON"),
+    "not UTF-8": (b"\xff\xfe{}", "is not JSON"),
+    "nested deep": (b"[" * 100_000, "is not JSON"),
+    "merged is text": (b'{"model": {}, "merged": "no"}', "'merged' must be true or false"),
+    "a wrong key": (b'{"model": {"widht": 3}, "merged": false}', "did you mean 'model.width'"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_cannot_be_meant_is_explained(tmp_path, case):
+    config, arrays = example()
+    convert.save_safetensors(tmp_path, config, arrays)
+    content, message = CONFIGS[case]
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(convert.WeightError, match=r"config\.json'") as raised:
+        convert.load_safetensors(tmp_path)
+    assert message in str(raised.value)
+
+
+def test_a_byte_order_mark_before_the_config_is_ignored(tmp_path):
+    config, arrays = example()
+    convert.save_safetensors(tmp_path, config, arrays)
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert convert.load_safetensors(tmp_path)[0] == config

@@ -11,6 +11,7 @@ import pytest
 from dreamer_jax.config import Config, DataConfig, ModelConfig, Source, TrainConfig
 from dreamer_jax.data.builder import Prepared, prepare
 
+MARKS = r"<<[^<>]*>>"
 NAMES = ("Ada", "Emmy", "Sophie", "Srinivasa", "Carl", "Leonhard", "Maryam", "Henri")
 
 
@@ -43,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     write_jsonl(root / "sums/test.jsonl", sums(60, seed=2))
     write_jsonl(root / "stories.jsonl", stories(250, seed=3))
     sources = (
-        Source("sums", weight=3.0, train=("sums/train.jsonl",), validation=("sums/test.jsonl",)),
+        Source("sums", weight=3.0, train=("sums/train.jsonl",), validation=("sums/test.jsonl",), remove=MARKS),
         Source("stories", train=("stories.jsonl",), prompt_field="problem", response_field="solution"),
     )
     prepared = str(tmp_path_factory.mktemp("prepared"))
@@ -71,7 +72,7 @@ def one_source(tmp_path: Path) -> Callable[..., Config]:
             (root / "train.jsonl").write_bytes(content)
         else:
             write_jsonl(root / "train.jsonl", content)
-        source = Source("sums", train=("train.jsonl",), validation=("test.jsonl",))
+        source = Source("sums", train=("train.jsonl",), validation=("test.jsonl",), remove=MARKS)
         base = DataConfig(sources=(source,), root=str(root), prepared=str(tmp_path / "prepared"), context=128)
         return Config(
             name="one",

@@ -1,7 +1,10 @@
 """Preparation: TFDS datasets on disk, atomic, keyed by all that matters, with honest counts."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +17,13 @@ import tokenizers
 
 from dreamer_jax import config as config_module
 from dreamer_jax.config import Config
-from dreamer_jax.data import builder
+from dreamer_jax.data import builder, dataset
 from dreamer_jax.data.builder import Prepared, preparation_key, prepare, unigram_entropy
 from dreamer_jax.data.sources import DataError, render_prompt, render_response
 from dreamer_jax.data.tokenizer import load_tokenizer
+from dreamer_jax.data.unfinished import OWNER, unfinished
 from tests.data.conftest import sums
+from tests.data.tokenizers_of_others import byte_level, saved, unigram
 
 
 def change(config: Config, section: str, **values: object) -> Config:
@@ -79,7 +84,13 @@ def test_the_key_follows_what_shapes_the_data_and_nothing_else(one_source: Calla
         change(config, "model", depth=3),
     ):
         assert preparation_key(same) == key
-    for other in (change(config, "data", context=64), change(config, "model", vocab=300)):
+    kept = (dataclasses.replace(config.data.sources[0], remove=""),)
+    for other in (
+        change(config, "data", context=64),
+        change(config, "data", special_tokens=("<s>",)),
+        change(config, "data", sources=kept),
+        change(config, "model", vocab=300),
+    ):
         assert preparation_key(other) != key
     assert preparation_key(one_source(sums(31, seed=1))) != key
 
@@ -132,7 +143,7 @@ def test_a_preparation_killed_halfway_leaves_nothing_in_the_way(one_source: Call
     (tmp_path / "config.json").write_text(config_module.to_json(config))
     script = (
         "import os, signal, sys; from dreamer_jax import config; from dreamer_jax.data import builder\n"
-        "builder._write_dataset = lambda dataset: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "builder.dataset.write_dataset = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "builder.prepare(config.from_json(open(sys.argv[1]).read()))"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "config.json")], timeout=120, check=False)
@@ -140,6 +151,7 @@ def test_a_preparation_killed_halfway_leaves_nothing_in_the_way(one_source: Call
     folder = Path(config.data.prepared)
     assert [path.name.split(".")[1][:7] for path in folder.iterdir()] == ["partial"]
     assert prepare(config).splits["sums"]["train"] == 60
+    assert [path.name for path in folder.iterdir()] == [preparation_key(config)]
 
 
 def test_of_two_preparations_at_once_the_later_adopts_the_earlier(
@@ -173,10 +185,289 @@ def test_other_processes_must_see_what_the_first_prepared(
         prepare(one_source(sums(5, seed=1)), process_index=1)
 
 
-def test_unusable_names_are_refused(one_source: Callable[..., Config]):
+def test_a_config_that_names_no_documents_or_tokens_of_no_tokenizer_is_refused(one_source: Callable[..., Config]):
     config = one_source(sums(5, seed=1))
-    renamed = (dataclasses.replace(config.data.sources[0], name="My Sums"),)
-    with pytest.raises(DataError, match="'My Sums': a name is"):
-        prepare(change(config, "data", sources=renamed))
     with pytest.raises(DataError, match=r"data\.sources is empty"):
         prepare(change(config, "data", sources=()))
+    with pytest.raises(DataError, match=r"data\.special_tokens names tokens of a tokenizer that is given"):
+        prepare(change(config, "data", special_tokens=("<s>",)))
+
+
+# Nothing left.
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "cause"),
+    [
+        (
+            sums(30, seed=1),
+            {"context": 8},
+            r"no train document is left \(skipped: 30 \(longer than the context\)\); those that are longer than "
+            r"data\.context = 8 have \d+ to \d+ tokens: raise data\.context",
+        ),
+        (
+            sums(20, seed=9),
+            {},
+            r"no validation document is left \(skipped: 20 \(held out, but its prompt is also in the training "
+            r"data\)\); give other documents as the source's validation files$",
+        ),
+    ],
+)
+def test_a_split_without_documents_is_an_error_with_counts_and_a_fix(
+    one_source: Callable[..., Config], rows: list[dict[str, object]], data: dict[str, object], cause: str
+):
+    with pytest.raises(DataError, match=f"data source 'sums': {cause}"):
+        prepare(one_source(rows, **data))
+
+
+def test_a_single_document_cannot_be_split(one_source: Callable[..., Config]):
+    config = one_source(sums(1, seed=1))
+    alone = (dataclasses.replace(config.data.sources[0], validation=()),)
+    with pytest.raises(DataError, match=r"no validation document is left .* validation files, or more: by chance, 2 %"):
+        prepare(change(config, "data", sources=alone))
+    tasks = (dataclasses.replace(alone[0], train=(), tasks=("rush_hour",), documents_per_task=1),)
+    with pytest.raises(DataError, match=r"no train document is left .*; give more documents"):
+        prepare(change(config, "data", sources=tasks))
+
+
+def test_a_vocabulary_beyond_the_documents_names_the_largest(one_source: Callable[..., Config]):
+    with pytest.raises(
+        DataError, match=r"model\.vocab = 9000 entries .* no more than \d+; give --model\.vocab \d+ or less"
+    ):
+        prepare(change(one_source(sums(30, seed=1)), "model", vocab=9000))
+
+
+# Tokenizers that are given.
+
+
+def test_unknown_characters_are_counted_and_the_number_is_said(
+    one_source: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [{"question": f"What is {n}?", "answer": f"{n}" + " é" * (n == 10)} for n in range(10, 40)]
+    tokenizer = saved(unigram(), tmp_path)
+    with_them = prepare(one_source(rows, tokenizer=str(tokenizer))).report["sources"]["sums"]["unknown"]
+    assert f"sums: {with_them} tokens are the unknown one" in capsys.readouterr().out
+    rows[0]["answer"] = "10"
+    assert prepare(one_source(rows, tokenizer=str(tokenizer))).report["sources"]["sums"]["unknown"] == with_them - 1
+
+
+def test_a_character_without_any_token_makes_a_bad_row(one_source: Callable[..., Config], tmp_path: Path):
+    letters = dict.fromkeys("Question: What is 0123456789?\nAnswer: #+")
+    pieces = [["</s>", 0.0], ["▁", -3.0], *([letter, -3.0] for letter in letters)]
+    tokenizer = saved(unigram(added=False), tmp_path, vocab=pieces, unk_id=None)
+    rows = [{"question": f"What is {n}?", "answer": f"{n}"} for n in range(30)]
+    config = one_source([*rows, {"question": "What is é?", "answer": "é"}], tokenizer=str(tokenizer))
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, line 31: .*no token for 'é'.*unknown token.*--data\.bad_rows skip"
+    ):
+        prepare(config)
+    report = prepare(change(config, "data", bad_rows="skip")).report["sources"]["sums"]
+    assert report["train"]["documents"] == 30
+    assert report["skipped"] == {"a character that the tokenizer does not know": 1}
+
+
+def test_the_tokens_that_end_documents_may_be_named(one_source: Callable[..., Config], tmp_path: Path):
+    tokenizer = saved(byte_level("<doc>", "<end>"), tmp_path)
+    config = one_source(sums(30, seed=1), tokenizer=str(tokenizer), special_tokens=("<doc>", "<end>"))
+    prepared = prepare(config)
+    assert prepared.tokenizer.read_bytes() == tokenizer.read_bytes()
+    for document in tokens_on_disk(prepared, "sums", "train"):
+        assert (document["tokens"][0], document["tokens"][-1]) == (256, 257)
+    with pytest.raises(DataError, match=r"--data\.special_tokens BEGIN END"):
+        prepare(change(config, "data", special_tokens=()))
+
+
+def test_a_tokenizer_that_is_no_file_is_named_before_anything_is_read(
+    one_source: Callable[..., Config], tmp_path: Path
+):
+    for name, cause in (
+        (tmp_path, "is a folder; give a file"),
+        ("$NO_SUCH_1/x", "not set"),
+        ("~nobody-1/x", "no such"),
+    ):
+        with pytest.raises(DataError, match=rf"data\.tokenizer.*{cause}"):
+            prepare(one_source(sums(5, seed=1), tokenizer=str(name)))
+
+
+# A folder that cannot be written.
+
+
+def test_the_folder_of_prepared_data_may_have_a_home_and_variables_in_it(
+    one_source: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SOME_NAME", "there")
+    prepared = prepare(one_source(sums(30, seed=1), prepared="~/$SOME_NAME"))
+    assert prepared.directory.parent == tmp_path / "there"
+
+
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        ("file", "File exists|Not a directory"),
+        ("file/x", "Not a directory"),
+        ("x" * 300, "File name too long"),
+        ("$NO_SUCH_VARIABLE_1/x", "the environment variable is not set"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(
+    one_source: Callable[..., Config], tmp_path: Path, place: str, cause: str
+):
+    (tmp_path / "file").touch()
+    where = place if "$" in place else str(tmp_path / place)
+    with pytest.raises(DataError, match=rf"data\.prepared = .*({cause}).*--data\.prepared"):
+        prepare(one_source(sums(30, seed=1), prepared=where))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("part", ["unfinished", "save_packing", "write_whole"])
+def test_a_disk_that_refuses_is_an_error_that_names_the_key_and_leaves_nothing(
+    one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, part: str, number: int
+):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    config = one_source(sums(30, seed=1))
+    monkeypatch.setattr(builder, part, refuse)
+    with pytest.raises(DataError, match=rf"data\.prepared = .*{os.strerror(number)}.*--data\.prepared"):
+        prepare(config)
+    assert part == "unfinished" or list(Path(config.data.prepared).iterdir()) == []
+
+
+def test_an_error_of_the_writer_of_records_that_is_none_of_the_disk_stays_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    said = ["Failed to write: write() failed: No space left on device; writing /x; Failed to close", "a bug"]
+    for text, kind in zip(said, (OSError, RuntimeError), strict=True):
+
+        def refuse(*_: object, text: str = text, **__: object) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(dataset.TokenizedDocuments, "download_and_prepare", refuse)
+        with pytest.raises(kind, match=r"^No space left on device$|^a bug$"):
+            dataset.write_dataset("x", {}, tmp_path)
+
+
+# Folders that nobody fills any more.
+
+
+def test_only_unfinished_folders_of_dead_processes_of_this_machine_are_removed(tmp_path: Path):
+    def left(name: str, owner: str | None) -> Path:
+        folder = tmp_path / f"{name}.partial-1"
+        folder.mkdir()
+        if owner is not None:
+            (folder / OWNER).write_text(owner)
+        return folder
+
+    here = f"pid 1 on {os.uname().nodename}"
+    dead, elsewhere, nameless = left("dead", here), left("elsewhere", "pid 1 on elsewhere"), left("nameless", None)
+    alive = left("alive", here)
+    other = tmp_path / "finished"
+    other.mkdir()
+    (other / OWNER).write_text(here)
+    with (alive / OWNER).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with unfinished(tmp_path / "one") as first, unfinished(tmp_path / "two") as second:
+            assert list(first.iterdir()) == list(second.iterdir()) == []
+            assert len(list(tmp_path.glob("*.partial-*"))) == 5
+        assert set(tmp_path.iterdir()) == {elsewhere, nameless, alive, other}
+        assert not dead.exists()
+
+
+def test_a_file_system_without_locks_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with unfinished(tmp_path / "one"), unfinished(tmp_path / "two"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage.
+
+
+def flip(path: Path) -> None:
+    """Change a byte in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "report.json",
+        "tokenizer.model",
+        "sums/unigrams.npy",
+        "sums/train.packing.npz",
+        "sums/validation.packing.npz",
+        "sums/1.0.0/features.json",
+        "sums/1.0.0/dataset_info.json",
+    ],
+)
+def test_a_small_file_that_has_changed_names_the_folder_to_delete(one_source: Callable[..., Config], name: str):
+    config = one_source(sums(30, seed=1))
+    prepared = prepare(config)
+    flip(prepared.directory / name)
+    with pytest.raises(DataError, match=rf"damaged.*delete the folder '{prepared.directory}' and start again"):
+        prepare(config)
+    (prepared.directory / name).unlink()
+    with pytest.raises(DataError, match=rf"damaged.*delete the folder '{prepared.directory}' and start again"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[]", b"null", b"7", b'"text"', b"{}", b'{"sha256": 1}', b"[" * 100_000, b"1" * 5000],
+    ids=lambda content: content[:10],
+)
+def test_a_report_that_is_none_names_the_folder_to_delete(one_source: Callable[..., Config], content: bytes):
+    config = one_source(sums(30, seed=1))
+    directory = Path(config.data.prepared) / preparation_key(config)
+    directory.mkdir(parents=True)
+    (directory / "report.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"damaged.*delete the folder '{directory}' and start again"):
+        prepare(config)
+
+
+def test_a_report_that_may_not_be_read_is_not_called_damaged(
+    one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(directory: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory / "report.json"))
+
+    config = one_source(sums(30, seed=1))
+    prepare(config)
+    monkeypatch.setattr(builder, "_verified", refuse)
+    with pytest.raises(DataError, match=r"data\.prepared.*report\.json' cannot be read; change its rights"):
+        prepare(config)
+
+
+def test_what_others_leave_beside_the_files_does_not_count(one_source: Callable[..., Config]):
+    config = one_source(sums(30, seed=1))
+    first = prepare(config)
+    for name in (".DS_Store", "._tokenizer.model", "tokenizer.json", "sums/.nfs0001", "sums/1.0.0/._features.json"):
+        (first.directory / name).write_bytes(b"x")
+    assert prepare(config) == first
+
+
+def test_a_dataset_that_names_other_classes_is_refused_before_they_are_imported(
+    one_source: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prepared = prepare(one_source(sums(30, seed=1)))
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = prepared.directory / "sums/1.0.0/features.json"
+    description = json.loads(path.read_text())
+    for change_it in (
+        lambda d: d | {"pythonClassName": "stranger.Feature"},
+        lambda d: {"type": "stranger.Feature", "content": {}},
+        lambda d: d | {"extra": 1},
+        lambda d: [],
+    ):
+        path.write_text(json.dumps(change_it(description)))
+        with pytest.raises(DataError, match=rf"features\.json' is not what .*delete the folder '{prepared.directory}'"):
+            dataset.open_dataset(prepared.directory, "sums", "train")
+    path.write_text(json.dumps(description))
+    assert len(dataset.open_dataset(prepared.directory, "sums", "train")) == 30

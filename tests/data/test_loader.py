@@ -1,4 +1,4 @@
-"""Batches: a pure function of seed and step, whoever asks and however often it was interrupted."""
+"""Batches: a pure function of seed and row, whoever asks and however often it was interrupted."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,8 @@ import pytest
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import Prepared, prepare
-from dreamer_jax.data.loader import batches, rows
+from dreamer_jax.data.loader import PackedRows, batches, rows
+from dreamer_jax.data.pack import row_documents
 from dreamer_jax.data.sources import DataError, render_prompt
 from dreamer_jax.data.tokenizer import load_tokenizer
 from tests.data.conftest import sums
@@ -47,7 +48,20 @@ def stream(prepared: Prepared, config: Config) -> list[Batch]:
 
 @pytest.mark.parametrize("step", [1, 7])
 def test_a_resumed_run_sees_the_same_batches(prepared: Prepared, config: Config, stream: list[Batch], step: int):
-    assert equal(take(12 - step, prepared, config, start_step=step), stream[step:])
+    assert equal(take(12 - step, prepared, config, start_row=step * config.train.batch), stream[step:])
+
+
+def test_a_run_that_goes_on_with_smaller_batches_repeats_and_skips_no_row(
+    prepared: Prepared, config: Config, stream: list[Batch]
+):
+    smaller = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=4))
+    halves = take(6, prepared, smaller, start_row=8)
+    joined = [
+        jax.tree.map(lambda a, b: np.concatenate([a, b]), *pair) for pair in zip(halves[::2], halves[1::2], strict=True)
+    ]
+    assert equal(joined, stream[1:4])
+    held = take(2, prepared, smaller, start_row=8, held=(1, 3))
+    assert equal(held, jax.tree.map(lambda array: array[[1, 3]], halves[:2]))
 
 
 @pytest.mark.parametrize("held", [(0, 1, 2, 3), (4, 5), (1, 2, 6), (7,)])
@@ -55,12 +69,13 @@ def test_a_resumed_run_sees_the_same_batches(prepared: Prepared, config: Config,
 def test_a_process_reads_the_rows_of_the_global_batch_that_it_holds(
     prepared: Prepared, config: Config, held: tuple[int, ...], split: str, start: int
 ):
-    whole = take(2, prepared, config, split=split, start_step=start)
-    part = take(2, prepared, config, split=split, start_step=start, held=held)
+    first = start * config.train.batch
+    whole = take(2, prepared, config, split=split, start_row=first)
+    part = take(2, prepared, config, split=split, start_row=first, held=held)
     assert equal(part, jax.tree.map(lambda array: array[list(held)], whole))
 
 
-@pytest.mark.parametrize("prefetch", [0, 7])
+@pytest.mark.parametrize("prefetch", [1, 7])
 def test_prefetching_changes_nothing(prepared: Prepared, config: Config, stream: list[Batch], prefetch: int):
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=prefetch))
     assert equal(take(12, prepared, other), stream)
@@ -71,8 +86,8 @@ def test_another_seed_is_another_order(prepared: Prepared, config: Config, strea
     assert not equal(take(12, prepared, other), stream)
 
 
-def test_any_step_is_reached_at_once(prepared: Prepared, config: Config):
-    assert equal(take(1, prepared, config, start_step=10**9), take(1, prepared, config, start_step=10**9))
+def test_any_row_is_reached_at_once(prepared: Prepared, config: Config):
+    assert equal(take(1, prepared, config, start_row=10**10), take(1, prepared, config, start_row=10**10))
 
 
 def test_shapes_and_types(config: Config, stream: list[Batch]):
@@ -115,7 +130,7 @@ def test_an_epoch_of_batches_holds_every_document_once(one_source: Callable[...,
     prepared = prepare(config)
     count = prepared.report["sources"]["sums"]["train"]["rows"]
     for epoch in range(2):
-        found = [d for batch in take(count, prepared, config, start_step=epoch * count) for d in documents_of(batch)]
+        found = [d for batch in take(count, prepared, config, start_row=epoch * count) for d in documents_of(batch)]
         assert len(found) == len(set(found)) == 64
 
 
@@ -165,6 +180,21 @@ def test_flipped_bytes_in_the_records_name_the_folder_to_delete(one_source: Call
     record.write_bytes(content)
     with pytest.raises(DataError, match=rf"damaged: delete the folder '{prepared.directory}'"):
         take(20, prepared, config)
+
+
+def test_a_document_that_is_not_the_one_written_is_named(
+    one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+):
+    config = one_source(sums(64, seed=1))
+    prepared = prepare(config)
+    source = PackedRows(prepared, "sums", "train", config.data.context, None)
+    row = next(row for row in range(len(source)) if 7 in row_documents(source._packing, row, None))
+    stored = list(source._documents)
+    source[row]
+    for change in ({"tokens": stored[7]["tokens"][::-1].copy()}, {"response_start": 1}, {"checksum": 0}):
+        monkeypatch.setattr(source, "_documents", [*stored[:7], stored[7] | change, *stored[8:]])
+        with pytest.raises(DataError, match=rf"document 7 of sums/train .*delete the folder '{prepared.directory}'"):
+            source[row]
 
 
 def test_a_closed_iterator_leaves_no_thread(prepared: Prepared, config: Config):

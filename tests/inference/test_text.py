@@ -1,9 +1,15 @@
-"""Streaming text, with a tokenizer of single bytes and one of pieces."""
+"""Streaming text: with a tokenizer of single bytes, one of pieces, and those that people bring."""
+
+import io
+import random
 
 import pytest
+import sentencepiece
 
+from dreamer_jax.data.tokenizer import load_tokenizer
 from dreamer_jax.inference.sample import GenerationError
 from dreamer_jax.inference.text import TextStream
+from tests.data.tokenizers_of_others import byte_level, llama, saved, unigram
 
 PIECES = ["", "ab", "c", "\n", "Qu", "estion", ":", " x", "abc"]
 
@@ -92,6 +98,46 @@ def test_decoding_looks_at_a_few_tokens_however_long_the_text():
 
     shown(TextStream(decode, ["zz"]), "aé€".encode() * 50)
     assert longest <= 6
+
+
+def sentencepiece_file(folder, **options):
+    """A model that puts a space in front of words, with a control symbol."""
+    texts = (f"What is {n} + 3  and   spaces?" for n in range(40))
+    settings = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, control_symbols="<c>", **settings
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        sentencepiece_file,
+        lambda folder: sentencepiece_file(folder, remove_extra_whitespaces=False),
+        lambda folder: sentencepiece_file(folder, treat_whitespace_as_suffix=True),
+        lambda folder: saved(llama(), folder),
+        lambda folder: saved(unigram(), folder),
+        lambda folder: saved(byte_level("<|endoftext|>"), folder),
+    ],
+    ids=["spaces as one", "spaces kept", "spaces behind", "llama", "unigram", "bytes"],
+)
+def test_the_pieces_shown_are_the_text_of_all_tokens_whatever_they_are(tmp_path, make):
+    tokenizer = load_tokenizer(make(tmp_path))
+    draw = random.Random(0)
+    for trial in range(400):
+        if trial % 2:  # ids beyond the vocabulary are rows of a model that the tokenizer does not have
+            few = [*draw.choices(range(tokenizer.vocab_size + 3), k=3), tokenizer.bos, 10**6]
+            ids = draw.choices(few, k=draw.randrange(1, 12))
+        else:
+            ids = tokenizer.encode("What is  €3 é and")
+            for _ in range(3):
+                other = draw.choice([tokenizer.bos, 10**6, draw.randrange(tokenizer.vocab_size)])
+                ids.insert(draw.randrange(len(ids) + 1), other)
+        pieces, rest = shown(TextStream(tokenizer.decode), ids)
+        assert "".join(pieces) + rest == tokenizer.decode(ids).rstrip("\ufffd"), ids
 
 
 def test_an_empty_stop_string_is_refused():

@@ -104,27 +104,29 @@ def test_blocks_come_in_batches_that_bound_the_copies_of_weights(monkeypatch):
     assert_near(results("gpu", arrays), results("reference", arrays))
 
 
+@pytest.fixture
+def tried(monkeypatch):
+    """As on a GPU, where the gradient of tokamax is tried before it is used."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(gpu, "_TRIED_ROWS", 256)
+    gpu.gradient_of_weights_holds.cache_clear()
+    yield
+    gpu.gradient_of_weights_holds.cache_clear()
+
+
+@pytest.mark.usefixtures("tried")
 def test_a_gradient_of_tokamax_that_does_not_hold_is_replaced_and_said(monkeypatch):
     sums = gpu._by_tokamax
     monkeypatch.setattr(gpu, "_by_tokamax", lambda product, *x: sums(product, *x) * (1 + (product == "d_w")))
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
-    gpu.gradient_of_weights_holds.cache_clear()
-    try:
-        arrays = experts([40, 90], jnp.bfloat16)
-        with pytest.warns(UserWarning, match=r"gradient of the experts' weights is off by 1e\+00"):
-            got = results("gpu", arrays)
-        assert_near(got, results("reference", (*widened(arrays[:-1]), arrays[-1])), 2e-2)
-    finally:
-        gpu.gradient_of_weights_holds.cache_clear()
+    arrays = experts([40, 90], jnp.bfloat16)
+    with pytest.warns(UserWarning, match=r"gradient of the experts' weights is off by 1e\+00"):
+        got = results("gpu", arrays)
+    assert_near(got, results("reference", (*widened(arrays[:-1]), arrays[-1])), 2e-2)
 
 
-def test_a_gradient_of_tokamax_that_holds_is_used(monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
-    gpu.gradient_of_weights_holds.cache_clear()
-    try:
-        assert gpu.gradient_of_weights_holds()
-    finally:
-        gpu.gradient_of_weights_holds.cache_clear()
+@pytest.mark.usefixtures("tried")
+def test_a_gradient_of_tokamax_that_holds_is_used():
+    assert gpu.gradient_of_weights_holds()
 
 
 def test_bfloat16_rounds_once_and_sums_weight_gradients_over_blocks_in_float32():

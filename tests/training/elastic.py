@@ -23,9 +23,9 @@ def train_leg(folder: Path, name: str, mesh: tuple[int, int, int], steps: int, g
 
     read = loop.batches
 
-    def noted(prepared, config, *, split, held, start_step=0, **keywords):
-        stream = read(prepared, config, split=split, held=held, start_step=start_step, **keywords)
-        for step, batch in enumerate(stream, start_step + 1):
+    def noted(prepared, config, *, split, held, start_row=0, **keywords):
+        stream = read(prepared, config, split=split, held=held, start_row=start_row, **keywords)
+        for step, batch in enumerate(stream, start_row // BATCH + 1):
             if split == "train" and step <= steps:
                 with (folder / f"{name}.rows").open("a") as file:
                     for row, tokens in zip(held, batch.tokens, strict=True):

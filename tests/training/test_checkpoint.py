@@ -17,7 +17,7 @@ from dreamer_jax import convert
 from dreamer_jax.config import CheckpointConfig, ConfigError, MeshConfig, to_json
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training import checkpoint, loop
-from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
+from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, Position, load_model, save_model
 from dreamer_jax.training.loop import TrainingDiverged, train
 from dreamer_jax.training.step import init_state
 from tests.training.toy import toy_config, with_model
@@ -133,7 +133,7 @@ def test_a_save_in_progress_does_not_see_later_steps(folder):
     expected = jax.device_get(jax.tree.map(jnp.copy, state))
     overwrite = jax.jit(lambda s: jax.tree.map(lambda a: a * 0 - 1, s), donate_argnums=0)
     with Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
-        checkpoints.save(config, state, 1)
+        checkpoints.save(config, state, 1, Position(rows=8, data=None))
         for _ in range(3):
             state = overwrite(state)
         checkpoints.wait()
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted)
 def test_a_run_does_not_go_on_with_another_tokenizer(uninterrupted, tmp_path):
     config, summary = uninterrupted
     save_model(tmp_path / "run", config, summary.model, summary.prepared.tokenizer)
-    other = tmp_path / "other.model"
+    other = tmp_path / "tokenizer.model"
     other.write_bytes(b"another")
     checkpoint.check_tokenizer(tmp_path / "run", summary.prepared.tokenizer)
     with pytest.raises(CheckpointError, match=r"another tokenizer; give --data\.tokenizer"):

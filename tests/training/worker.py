@@ -97,9 +97,9 @@ def main() -> None:
         loop.make_evaluation = once(loop.make_evaluation)
         batches, fault = loop.batches, ""
 
-        def faulty_batches(*arguments, split, start_step=0, **keywords):
-            stream = batches(*arguments, split=split, start_step=start_step, **keywords)
-            for step, batch in enumerate(stream, start_step + 1):
+        def faulty_batches(*arguments, split, start_row=0, **keywords):
+            stream = batches(*arguments, split=split, start_row=start_row, **keywords)
+            for step, batch in enumerate(stream, start_row // arguments[1].train.batch + 1):
                 if fault and split == "train" and group.index == struck and step == FAULT_STEP:
                     strike(fault)
                 yield batch

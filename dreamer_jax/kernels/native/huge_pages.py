@@ -6,10 +6,13 @@ the first time, at every step, took a tenth of the processor time of training on
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
 VARIABLE, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""They wait while a process starts again, which has no handlers at first."""
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
@@ -26,9 +29,12 @@ def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
 def restart_with_huge_pages() -> None:
     """Run this process's command again in its place, the process id included: the C library asks only at a start.
 
-    Nothing happens where the process has them already, or cannot be started again. Call it first of all.
+    Nothing happens where the process has them already, or cannot be started again. Call it first of all; only
+    handlers of signals come before it, for those that came meanwhile.
     """
     environment = with_huge_pages(os.environ)
     if sys.platform == "linux" and sys.executable and environment != os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with contextlib.suppress(OSError):
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
