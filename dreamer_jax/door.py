@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ HINTS = {
     errno.EEXIST: "it is there already, as a file: give another path",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
 }
+BACKENDS = "jax/_src/xla_bridge.py"
+"""Where JAX looks for platforms; what it raises there, an AssertionError among others, may have no text."""
 EXTRAS = {"wandb": "wandb", "matplotlib": "figures", "tokamax": "gpu"}
 """Modules that an extra brings."""
 
@@ -73,10 +76,10 @@ def explained(error: BaseException, doing: str) -> str | None:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         first = text.partition("\n")[0][:200]
         return f"no memory left ({first or 'in Python'}): use a smaller batch, context or model; plan shows what fits"
-    if "Unable to initialize backend" in text or "Unknown backend" in text:
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        asked = f"JAX_PLATFORMS = '{platforms}': " if platforms else ""
-        return f"{asked}{text.partition(chr(10))[0]}; unset JAX_PLATFORMS, or install JAX for that platform"
+    if any(frame.filename.endswith(BACKENDS) for frame in traceback.extract_tb(error.__traceback__)[-3:]):
+        said = f" ({text.splitlines()[0][:200]})" if text else ""
+        asked = f"JAX_PLATFORMS = '{os.environ.get('JAX_PLATFORMS', '')}'"
+        return f"{asked}: JAX finds no such devices{said}; unset it, or install JAX for that platform"
     return None
 
 

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, generate, report."""
     given = sys.argv[1:] if arguments is None else arguments
     parsed = tyro.cli(tyro.conf.UseAppendAction[Arguments], args=given, prog="python -m dreamer_jax.generate")
-    return guarded(lambda: run(parsed), doing="--checkpoint")
+    return guarded(lambda: run(parsed), doing="the output")
 
 
 def run(arguments: Arguments) -> int:

@@ -32,7 +32,6 @@ OURS = {
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
         "no memory left (RES",
     ),
-    "an absent platform": (RuntimeError("Unable to initialize backend 'cuda': x"), "or install JAX for that platform"),
 }
 BUGS = [TypeError("x"), ValueError("x"), KeyError("x"), RuntimeError("x"), OSError("no number"), AssertionError()]
 
@@ -58,6 +57,15 @@ def test_a_bug_keeps_its_traceback(error):
 
     with pytest.raises(type(error)):
         door.guarded(run, doing="out")
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda': x")], ids=repr)
+def test_a_platform_that_jax_does_not_find_is_a_line(error, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    code = compile("def fail(error):\n    raise error", "/somewhere/jax/_src/xla_bridge.py", "exec")
+    exec(code, names := {})
+    assert door.guarded(lambda: names["fail"](error), doing="out") == 1
+    assert "error: JAX_PLATFORMS = 'cuda': JAX finds no such devices" in capsys.readouterr().err
 
 
 def test_every_error_for_users_has_one_base():

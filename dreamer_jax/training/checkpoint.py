@@ -6,6 +6,7 @@
                              position in the data, a checksum of each array)
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -124,8 +125,11 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Finish the save in progress; not after an error among many processes, which may never join in."""
-        if error is None or jax.process_count() == 1:
-            self._manager.close()
+        if error is None:
+            self._written(self._manager.close)
+        elif jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -153,11 +157,25 @@ class Checkpoints:
             "training": ocp.args.StandardSave(training),
             "meta": ocp.args.JsonSave(meta),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def wait(self) -> None:
-        """Return when what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Return when what was saved is on disk.
+
+        Raises:
+            CheckpointError: it cannot be written; so do `save` and the end, of what is still being written then.
+        """
+        self._written(self._manager.wait_until_finished)
+
+    def _written(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            words = " ".join(str(error).split())[-300:]  # the cause stands last
+            raise CheckpointError(
+                f"a checkpoint cannot be written to '{self.directory}': {type(error).__name__}: {words}\nfree some "
+                f"space there, or see to its rights; the same command goes on from the newest whole checkpoint"
+            ) from error
 
     def prune(self) -> None:
         """Leave the newest `checkpoint.keep`."""

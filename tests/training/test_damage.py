@@ -160,6 +160,20 @@ def test_checkpoints_without_checksums_still_load(run):
         assert checkpoints.position(2) == Position(rows=16, data="abc")
 
 
+def test_a_checkpoint_that_cannot_be_written_is_a_line_and_costs_no_earlier_one(run):
+    config = load_model(run).config
+    _, state = init_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+    def full(*_, **__):
+        raise ValueError("OUT_OF_RANGE: Error writing: No space left on device")
+
+    with Checkpoints(run, config.checkpoint) as checkpoints:
+        checkpoints._manager.save = full
+        with pytest.raises(CheckpointError, match=r"cannot be written to '.*No space left.*\nfree some space there"):
+            checkpoints.save(config, state, 6, Position(rows=0, data=None))
+    assert load_model(run).step == 4
+
+
 def arrays():
     rng = np.random.default_rng(0)
     return {
