@@ -5,13 +5,16 @@ bit changes the first for certain. Sums of integers are exact in any order, so d
 Accelerators sum about as fast as they read; on CPUs XLA does not, and NumPy sums the shards.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 Checksums = dict[str, str]
@@ -23,7 +26,7 @@ def checksums(arrays: Mapping[str, Array]) -> Checksums:
         with ThreadPoolExecutor() as threads:  # NumPy sums without Python's lock
             sums = dict(zip(arrays, threads.map(_columns_on_host, arrays.values()), strict=True))
     else:
-        sums = jax.device_get(_columns(dict(arrays)))
+        sums = jax.device_get(_program(_everywhere(arrays))(dict(arrays)))
     return {name: _digits(columns) for name, columns in sums.items()}
 
 
@@ -54,7 +57,17 @@ def _columns_on_host(array: Array) -> np.ndarray:
     return columns
 
 
-@jax.jit
+def _everywhere(arrays: Mapping[str, Array]) -> NamedSharding | None:
+    """Where results must lie for every process to see them; None for arrays of one device."""
+    places = [array.sharding for array in arrays.values()]
+    return next((NamedSharding(place.mesh, P()) for place in places if isinstance(place, NamedSharding)), None)
+
+
+@functools.cache
+def _program(place: NamedSharding | None) -> Callable[..., dict[str, Array]]:
+    return jax.jit(_columns, out_shardings=place)
+
+
 def _columns(arrays: dict[str, Array]) -> dict[str, Array]:
     def of(array: Array) -> Array:
         words = lax.bitcast_convert_type(jnp.atleast_1d(array), jnp.dtype(f"uint{8 * array.dtype.itemsize}"))

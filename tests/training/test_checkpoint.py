@@ -106,7 +106,7 @@ def wait_for_checkpoint(process, run_dir, after):
 
 
 def test_a_killed_and_a_terminated_run_resume_to_the_same_end(folder, tmp_path):
-    config = toy_config(folder, steps=30)
+    config = toy_config(folder, steps=16)
     straight = named(config, "straight")
     killed = dataclasses.replace(config, name="killed", checkpoint=CheckpointConfig(every=1, keep=2))
     process = launch(killed, tmp_path)
@@ -115,7 +115,7 @@ def test_a_killed_and_a_terminated_run_resume_to_the_same_end(folder, tmp_path):
     process.communicate()
 
     process = launch(killed, tmp_path)
-    wait_for_checkpoint(process, killed.run_dir, after=8)
+    wait_for_checkpoint(process, killed.run_dir, after=6)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
