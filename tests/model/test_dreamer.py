@@ -39,7 +39,12 @@ CASES = {
 """Model, and the depth that runs."""
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES, scope="module")
+def grouped():
+    """A case is computed by one process, for all tests that look at it."""
+    return [pytest.param(case, id=name, marks=pytest.mark.xdist_group(name)) for name, case in CASES.items()]
+
+
+@pytest.fixture(params=grouped(), scope="module")
 def compared(request):
     """(what the model computes, what the oracle computes) on the same weights and batch."""
     config, depth = request.param
