@@ -1,4 +1,4 @@
-"""What every command does with errors: one line for those that a user can mend, a traceback for bugs.
+"""What every command does with errors: one line for those that a user can fix, a traceback for bugs.
 
 The kinds: our own errors; what the file system, the disk or a pipe refuses; a module that is not installed; a platform
 that JAX cannot find or that has no memory left; Ctrl-C.

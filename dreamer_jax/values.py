@@ -142,8 +142,8 @@ def _sentence(fault: ErrorDetails, cls: Any, where: str) -> str:
         return f"missing key '{key}': give {allowed(annotation)}"
     if reason is not None and str(reason):
         return f"{key} = {shown(value)}: {reason}"
-    mend = _mend(annotation, value) if kind.endswith(("_type", "literal_error")) else ""
-    return f"{key or 'config'} = {shown(value)}: must be {allowed(annotation)}{mend}"
+    fix = _fix(annotation, value) if kind.endswith(("_type", "literal_error")) else ""
+    return f"{key or 'config'} = {shown(value)}: must be {allowed(annotation)}{fix}"
 
 
 def _key(where: str, loc: tuple[int | str, ...]) -> str:
@@ -230,7 +230,7 @@ def _range(limits: Mapping[str, float | int]) -> str:
     return f" {' and '.join(given)}{multiple}" if given else multiple
 
 
-def _mend(annotation: Any, value: Any) -> str:
+def _fix(annotation: Any, value: Any) -> str:
     """How to write what was probably meant, after the sentence that says what is allowed."""
     kind, _ = bare(annotation)
     if typing.get_origin(kind) is Literal:

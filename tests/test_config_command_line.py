@@ -1,4 +1,4 @@
-"""Overrides of the command line: every key by its name, values as they are written, and errors that name the mend."""
+"""Overrides of the command line: every key by its name, values as they are written, and errors that name the fix."""
 
 import json
 import re

@@ -37,7 +37,7 @@ BUGS = [TypeError("x"), ValueError("x"), KeyError("x"), RuntimeError("x"), OSErr
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_what_a_user_can_mend_is_a_line(case, capsys):
+def test_what_a_user_can_fix_is_a_line(case, capsys):
     error, wanted = OURS[case]
 
     def run():

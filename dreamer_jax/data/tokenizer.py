@@ -229,16 +229,16 @@ class JsonTokenizer:
         """
         if not self._byte_of or self._byte_of.keys().isdisjoint(ids):
             return ids
-        mended: list[int] = []
+        fixed: list[int] = []
         run = bytearray()
         for i in [*ids, -1]:
             if i in self._byte_of:
                 run.append(self._byte_of[i])
                 continue
-            mended += [self._bytes[byte] for byte in run.decode("utf-8", errors="replace").encode()]
+            fixed += [self._bytes[byte] for byte in run.decode("utf-8", errors="replace").encode()]
             run.clear()
-            mended.append(i)
-        return mended[:-1]
+            fixed.append(i)
+        return fixed[:-1]
 
     def save(self, directory: str | Path) -> Path:
         """Copy the file to `tokenizer.json`."""
