@@ -36,8 +36,7 @@ def main() -> None:
         for step in range(args.rounds + 1):  # the first compiles the sums
             seconds["save"].append(timed(lambda step=step: save(checkpoints, config, state, step)))
             seconds["restore"].append(timed(lambda step=step: checkpoints.restore(state, step)))
-            model, training = _split(state)
-            seconds["checksums"].append(timed(lambda: (checksums(model), checksums(training))))  # noqa: B023
+            seconds["checksums"].append(timed(lambda: [checksums(arrays) for arrays in _split(state)]))
     middle = {what: statistics.median(values[1:]) for what, values in seconds.items()}
     print(f"{size / 2**20:,.0f} MiB, {len(jax.tree.leaves(state))} arrays, {args.rounds} rounds, medians")
     for what, value in middle.items():

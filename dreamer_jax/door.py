@@ -150,6 +150,7 @@ def unbreakable_output() -> Any:
     """Within it, printing never raises: a run is worth more than its output."""
     steady_environment()
     kept = sys.stdout, sys.stderr
+    # What print and the progress bar use of a text stream, which is not all that its type has.
     sys.stdout, sys.stderr = Unbreakable(kept[0]), Unbreakable(kept[1])  # type: ignore[assignment]
     try:
         yield

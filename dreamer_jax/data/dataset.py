@@ -21,6 +21,7 @@ RECORDS = ".array_record-"
 """What the names of the files of documents have in them."""
 
 
+# TFDS comes without types: mypy does not know the keyword.
 class TokenizedDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS dataset of token ids, in the order in which they are given."""
 

@@ -140,7 +140,7 @@ def _as_control(content: bytes, ids: Iterable[int]) -> bytes:
     """A SentencePiece model in which these entries are control symbols, which no text becomes."""
     from sentencepiece import sentencepiece_model_pb2 as format
 
-    model: Any = format.ModelProto()  # type: ignore[attr-defined]
+    model: Any = format.ModelProto()  # type: ignore[attr-defined]  # protobuf makes its classes at import
     model.ParseFromString(content)
     for i in ids:
         model.pieces[i].type = model.SentencePiece.CONTROL

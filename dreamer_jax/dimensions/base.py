@@ -17,6 +17,8 @@ from dreamer_jax.values import ConfigError as ConfigError
 from dreamer_jax.values import Texts, section
 from dreamer_jax.values import require as require
 
+DEEPEST = 4096
+"""Depths, of a config or of one forward pass: more is a slip of the keyboard, and would be computed for ever."""
 HeadCount = Annotated[int, Field(ge=1, le=2**16)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 """Of rows, columns or entries."""
@@ -141,7 +143,7 @@ class Shape:
     """Groups of dimensions, one after another; what stands in one group is computed from the same input. ("da+sa",
     "ea") is Eq. 5, ("da", "sa", "ea") Eq. 4, ("da+sa+ea",) Eq. 6, ("sa", "ea") has no DA. A dimension may run at some
     depths only, as a Python slice: "da[::2]" every second, "sa[:4]" the first four, "ea[-2:]" the last two."""
-    depth: Annotated[int, Field(ge=1, le=4096)] = 8
+    depth: Annotated[int, Field(ge=1, le=DEEPEST)] = 8
     """L: number of layers, or of iterations of the one layer."""
     width: Size = 256
     """D: hidden size."""

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import ConfigError, ModelConfig
+from dreamer_jax.dimensions.base import DEEPEST
 from dreamer_jax.errors import DreamerError
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.interface import Kernels
@@ -20,9 +21,6 @@ from dreamer_jax.model.dimension import Context, Update
 from dreamer_jax.model.mixture import Layer, Memories
 from dreamer_jax.model.parameters import WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
-
-DEEPEST = 4096
-"""As in the config: more is a slip of the keyboard."""
 
 
 class TokenError(DreamerError, ValueError):

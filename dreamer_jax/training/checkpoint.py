@@ -111,7 +111,7 @@ class Checkpoints:
         self.directory = (run_dir / "checkpoints").absolute()
         self._policy = policy
         options = ocp.CheckpointManagerOptions(
-            step_name_format=_WholeSteps(),  # type: ignore[arg-type]
+            step_name_format=_WholeSteps(),  # type: ignore[arg-type]  # Orbax's protocol has no public name
             preservation_policy=managers.LatestN(policy.keep + 1) if policy else None,
             cleanup_tmp_directories=policy is not None,
             create=policy is not None,
