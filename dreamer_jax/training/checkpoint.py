@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from dreamer_jax.errors import DreamerError
 from dreamer_jax.files import write_whole
 from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.model.parameters import taken_apart
-from dreamer_jax.training.checksums import checksums, damaged
+from dreamer_jax.training.checksums import checksums, damaged, looked_for_damage
 from dreamer_jax.training.optimizer import adamw
 from dreamer_jax.training.step import TrainState
 
@@ -110,6 +111,8 @@ class Checkpoints:
         """Open the folder; with a `policy` for writing, otherwise for reading."""
         self.directory = (run_dir / "checkpoints").absolute()
         self._policy = policy
+        self._comparison: tuple[int, Future[list[str]]] | None = None
+        """Of the state that was restored, until it is confirmed."""
         options = ocp.CheckpointManagerOptions(
             step_name_format=_WholeSteps(),  # type: ignore[arg-type]  # Orbax's protocol has no public name
             preservation_policy=managers.LatestN(policy.keep + 1) if policy else None,
@@ -190,19 +193,33 @@ class Checkpoints:
         self._manager.delete(step)
 
     def restore(self, state: TrainState, step: int) -> TrainState:
-        """The checkpoint's arrays in the structure, dtypes and shardings of `state`.
+        """The checkpoint's arrays in the structure, dtypes and shardings of `state`; see `confirm`.
 
         Raises:
             CheckpointError: a missing, extra or misshapen array, named.
-            Damage: files that are damaged, or an array that is not what was saved, named.
+            Damage: files that are damaged.
         """
         model, training = _split(state)
-        leaves = self._restore_leaves("model", model, step) | self._restore_leaves("training", training, step)
+        self._check_shapes({"model": model, "training": training}, step)
+        leaves = self._read_leaves("model", model, step) | self._read_leaves("training", training, step)
+        self._comparison = step, looked_for_damage(leaves, self._checksums(step))
         return _joined(state, leaves)
+
+    def confirm(self) -> None:
+        """Make sure that what was restored is what was saved, before it is used or given away.
+
+        The comparison begins in `restore`, and costs nothing where other work, such as compiling, is done before this.
+
+        Raises:
+            Damage: an array that is not what was saved, named.
+        """
+        if self._comparison:
+            (step, wrong), self._comparison = self._comparison, None
+            self._refuse(step, wrong.result())
 
     def restore_model(self, leaves: Leaves, step: int) -> Leaves:
         """Parameters and router biases alone."""
-        return self._restore_leaves("model", leaves, step)
+        return self._checked_leaves("model", leaves, step)
 
     def config(self, step: int) -> Config:
         """The config that the checkpoint was written with."""
@@ -221,17 +238,22 @@ class Checkpoints:
     def _is_whole(self, step: int) -> bool:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         try:
-            for item in ITEMS:
-                saved = self._arrays(step, item).items()
-                leaves = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for name, a in saved}
-                self._restore_leaves(item, leaves, step)
+            for item, saved in self._arrays(step).items():
+                leaves = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for name, a in saved.items()}
+                self._checked_leaves(item, leaves, step)
         except CheckpointError:
             return False
         return True
 
-    def _arrays(self, step: int, item: str) -> Leaves:
-        """What Orbax knows of the arrays of a checkpoint."""
-        return self._read(step, lambda: dict(self._manager.item_metadata(step)[item]))
+    def _arrays(self, step: int) -> dict[str, Leaves]:
+        """What Orbax knows of the arrays of a checkpoint, by item: shapes and types."""
+
+        def known() -> dict[str, Leaves]:
+            items = self._manager.item_metadata(step)
+            return {item: dict(items[item]) for item in ITEMS}
+
+        found: dict[str, Leaves] = self._read(step, known)
+        return found
 
     def _meta(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -240,15 +262,32 @@ class Checkpoints:
             raise Damage(f"checkpoint {step} of '{self.directory}': 'meta/metadata' holds no config")
         return meta
 
-    def _restore_leaves(self, item: str, leaves: Leaves, step: int) -> Leaves:
-        saved = {name: tuple(array.shape) for name, array in self._arrays(step, item).items()}
-        _check(self.directory / str(step) / item, saved, {name: tuple(array.shape) for name, array in leaves.items()})
+    def _checksums(self, step: int) -> dict[str, str]:
+        """Empty in checkpoints of 0.1."""
+        found: dict[str, str] = self._meta(step).get("checksums", {})
+        return found
+
+    def _checked_leaves(self, item: str, leaves: Leaves, step: int) -> Leaves:
+        self._check_shapes({item: leaves}, step)
+        restored = self._read_leaves(item, leaves, step)
+        self._refuse(step, damaged(restored, self._checksums(step)))
+        return restored
+
+    def _refuse(self, step: int, wrong: list[str]) -> None:
+        """Raise Damage if there are arrays that are not what was saved."""
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise Damage(f"checkpoint {step} of '{self.directory}': the array {wrong[0]}{more} is not what was saved")
+
+    def _check_shapes(self, items: dict[str, Leaves], step: int) -> None:
+        saved = self._arrays(step)
+        for item, leaves in items.items():
+            _check(self.directory / str(step) / item, _shapes(saved[item]), _shapes(leaves))
+
+    def _read_leaves(self, item: str, leaves: Leaves, step: int) -> Leaves:
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), leaves)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
         restored: Leaves = self._read(step, lambda: self._manager.restore(step, args=args)[item])
-        if wrong := damaged(restored, self._meta(step).get("checksums", {})):
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise Damage(f"checkpoint {step} of '{self.directory}': the array {wrong[0]}{more} is not what was saved")
         return restored
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
@@ -281,6 +320,10 @@ def _file_faults(folder: Path) -> list[str]:
 
 def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
+
+
+def _shapes(leaves: Leaves) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in leaves.items()}
 
 
 def _check(where: Path, saved: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

@@ -147,12 +147,16 @@ def _resumed(
     try:
         return _restored(config, checkpoints, state, step, prepared, group)
     except Damage as damage:
-        whole = checkpoints.newest_whole(step) if group.count == 1 else None
-        folder = checkpoints.directory / str(step)
-        then = "start again" if whole is None else f"go on from step {whole}, which is whole"
-        raise CheckpointError(
-            f"{damage}\nto {then}, move it away and give the same command again:\n  mv '{folder}' '{folder}.damaged'"
-        ) from damage
+        raise _with_a_way_on(damage, checkpoints, step, group) from damage
+
+
+def _with_a_way_on(damage: Damage, checkpoints: Checkpoints, step: int, group: Group) -> CheckpointError:
+    whole = checkpoints.newest_whole(step) if group.count == 1 else None
+    folder = checkpoints.directory / str(step)
+    then = "start again" if whole is None else f"go on from step {whole}, which is whole"
+    return CheckpointError(
+        f"{damage}\nto {then}, move it away and give the same command again:\n  mv '{folder}' '{folder}.damaged'"
+    )
 
 
 def _restored(
@@ -193,8 +197,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
-        self.train_step = _together(make_train_step(self.config, compute, self.mesh, self.graph), self.group)
-        self.evaluation = _together(make_evaluation(self.config, compute, self.mesh, self.graph), self.group)
+        self.train_step = self.together(make_train_step(self.config, compute, self.mesh, self.graph))
+        self.evaluation = self.together(make_evaluation(self.config, compute, self.mesh, self.graph))
         self.last_loss: float | None = None
         self.last_read, self.bad = self.start.step, 0
         self.reporter = _Reporter(self.config, self.mesh.size)
@@ -231,7 +235,36 @@ class _Run:
         if pending:
             self.read(*pending)
             self.check_divergence(state)
+        self.confirm()
         return state, step
+
+    def together(self, program: Any) -> Callable[..., Any]:
+        """The program, for one shape of arguments: compiled in every process before any of them runs it.
+
+        Compilation takes minutes, not the same in all processes, and a collective on CPU waits 30 s for its peers.
+        """
+        executable: Any = None
+
+        def call(*arguments: Any) -> Any:
+            nonlocal executable
+            if executable is None:
+                executable = program.lower(*arguments).compile()
+                self.group.meet("compiled")
+                self.confirm()
+            return executable(*arguments)
+
+        return call
+
+    def confirm(self) -> None:
+        """Make sure that the checkpoint was whole, before the first program runs: a step overwrites its state.
+
+        Raises:
+            CheckpointError: it was not; the message says how to go on.
+        """
+        try:
+            self.checkpoints.confirm()
+        except Damage as damage:
+            raise _with_a_way_on(damage, self.checkpoints, self.start.step, self.group) from damage
 
     def save(self, state: TrainState, step: int) -> None:
         """Start to write a checkpoint, unless the last step was bad."""
@@ -340,23 +373,6 @@ class _Run:
     def _validates(self, step: int) -> bool:
         every = self.config.train.validate_every
         return every > 0 and step % every == 0 and step < self.config.train.steps
-
-
-def _together(program: Any, group: Group) -> Callable[..., Any]:
-    """The program, for one shape of arguments: compiled in every process before any of them runs it.
-
-    Compilation takes minutes, not the same in all processes, and a collective on CPU waits 30 s for its peers.
-    """
-    executable: Any = None
-
-    def call(*arguments: Any) -> Any:
-        nonlocal executable
-        if executable is None:
-            executable = program.lower(*arguments).compile()
-            group.meet("compiled")
-        return executable(*arguments)
-
-    return call
 
 
 class _Reporter:

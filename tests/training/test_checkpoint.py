@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dreamer_jax.training import checkpoint, loop
 from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, Position, load_model, save_model
 from dreamer_jax.training.loop import TrainingDiverged, train
 from dreamer_jax.training.step import init_state
+from tests.models import changed
 from tests.training.toy import toy_config, with_model
 
 
@@ -160,6 +162,22 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted)
         pytest.raises(CheckpointError, match=r"not in this model: params\.layer\.da"),
     ):
         checkpoints.restore(like, checkpoints.latest)
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_a_run_does_not_go_on_from_arrays_that_are_not_what_was_saved(uninterrupted, tmp_path, steps):
+    config, _ = uninterrupted
+    shutil.copytree(config.run_dir, tmp_path / config.name)
+    damaged = changed(dataclasses.replace(config, out=str(tmp_path)), train={"steps": steps})
+    meta = damaged.run_dir / "checkpoints" / "6" / "meta" / "metadata"
+    content = json.loads(meta.read_text())
+    content["checksums"]["params.embed"] = "0" * 16
+    meta.write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"(?s)params\.embed.* is not what was saved.*go on from step 4"
+    ):
+        train(damaged)
+    assert records(damaged) == records(config)
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer(uninterrupted, tmp_path):

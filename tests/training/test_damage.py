@@ -16,9 +16,6 @@ from dreamer_jax.training.checksums import checksums, damaged
 from dreamer_jax.training.step import init_state
 from tests.training.toy import toy_config
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-"""Orbax leaves coroutines behind when one of them fails."""
-
 STEPS = (2, 4)
 
 
