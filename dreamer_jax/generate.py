@@ -50,6 +50,7 @@ def run(arguments: Arguments) -> int:
     from dreamer_jax.data.sources import render_prompt
     from dreamer_jax.data.tokenizer import load_tokenizer
     from dreamer_jax.inference import engine
+    from dreamer_jax.inference.decoder import make_decoder
     from dreamer_jax.inference.sample import GenerationError, Sampling
     from dreamer_jax.kernels.compute import Compute
     from dreamer_jax.training.checkpoint import load_model
@@ -67,7 +68,7 @@ def run(arguments: Arguments) -> int:
     _warn_of_length(max(map(len, prompts)), arguments.max_tokens, loaded.config.data.context)
     answers = Answers(tokenizer, arguments.prompt, arguments.stop)
     compute = dataclasses.replace(Compute.of(loaded.config), remat="none")
-    decoder = engine.make_decoder(loaded.model, compute, depth=arguments.depth)
+    decoder = make_decoder(loaded.model, compute, depth=arguments.depth)
     engine.complete(
         decoder, prompts, sampling, max_tokens=arguments.max_tokens, seed=arguments.seed, on_token=answers.add
     )

@@ -19,6 +19,7 @@ from dreamer_jax.convert.safetensors import CONFIG, WEIGHTS
 from dreamer_jax.data.sources import render_prompt
 from dreamer_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dreamer_jax.inference import engine
+from dreamer_jax.inference.decoder import make_decoder
 from dreamer_jax.inference.sample import Sampling
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import Dreamer, check_tokens
@@ -89,7 +90,7 @@ class LanguageModel:
         as_text = len(given) > 0 and isinstance(given[0], str)
         rows = [self.tokens(text)[0] for text in given] if as_text else self.tokens(given)
         stop = () if self.tokenizer is None else (self.tokenizer.eos,)
-        decoder = engine.make_decoder(self.model, self.compute, depth=depth)
+        decoder = make_decoder(self.model, self.compute, depth=depth)
         tokens, sampling = [row.tolist() for row in rows], Sampling(temperature, top_p)
         found = engine.complete(decoder, tokens, sampling, max_tokens=max_tokens, seed=seed, stop_ids=stop)
         return [self._known_tokenizer().decode(row) for row in found] if as_text else found

@@ -7,7 +7,7 @@ holds its part. Its transpose sums the gradients over devices and splits them ag
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from dreamer_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert")
 """Mesh axes, slowest links first. All of them split the batch; fsdp and expert split parameters at rest, too."""
+
+
+Layout = Literal["rest", "work"]
 
 
 class Rule(NamedTuple):
@@ -103,26 +106,26 @@ def rule_of(axis: str) -> Rule:
     return RULES[axis]
 
 
-def spec_of(axes: Sequence[str]) -> PartitionSpec:
-    """The partition at rest of an array with these logical axes.
+def spec_of(axes: Sequence[str], layout: Layout = "rest") -> PartitionSpec:
+    """The partition of an array with these logical axes.
 
     Raises:
         ConfigError: the table has no row for one of them, or maps two of them to one mesh axis.
     """
-    mapped = [rule_of(axis).rest for axis in axes]
+    mapped = [getattr(rule_of(axis), layout) for axis in axes]
     used = [axis for split in mapped for axis in split]
     if len(set(used)) < len(used):
         raise ConfigError(f"logical axes {tuple(axes)} map to {tuple(mapped)}: a mesh axis can split only one of them")
     return PartitionSpec(*(split or None for split in mapped))
 
 
-def tree_specs(tree: Any) -> Any:
-    """Partitions at rest of a tree of arrays; those in an `nnx.Variable` name their axes, others are whole."""
+def tree_specs(tree: Any, layout: Layout = "rest") -> Any:
+    """Partitions of a tree of arrays; those in an `nnx.Variable` name their axes, others are whole."""
 
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return PartitionSpec()
-        return leaf.replace(spec_of(leaf.get_metadata().get("axes", ())))
+        return leaf.replace(spec_of(leaf.get_metadata().get("axes", ()), layout))
 
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -15,6 +15,7 @@ from dreamer_jax import convert
 from dreamer_jax.config import MeshConfig
 from dreamer_jax.convert import model as convert_model
 from dreamer_jax.inference import engine
+from dreamer_jax.inference.decoder import make_decoder
 from dreamer_jax.inference.sample import Sampling
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import Dreamer
@@ -60,11 +61,11 @@ def test_a_train_step(tmp_path, monkeypatch):
 
 
 def test_reading_prompts_and_decoding(monkeypatch):
-    traced_once(monkeypatch, engine, "_first", static_argnames=("sampling", "rows"))
-    traced_once(monkeypatch, engine, "_next", static_argnames=("sampling",), donate_argnames=("caches",))
+    for name in ("_insert", "_step"):
+        traced_once(monkeypatch, engine, name, static_argnums=1, donate_argnums=3)
     for seed, prompts in enumerate([[[1, 2, 3], [4]], [[5], [6, 7]], [[8, 9], [1, 2, 3, 4]]]):
-        decoder = engine.make_decoder(new_model(seed), COMPUTE)
-        engine.complete(decoder, prompts, Sampling(), max_tokens=4 + seed, seed=seed)
+        decoder = make_decoder(new_model(seed), COMPUTE)
+        engine.complete(decoder, prompts, Sampling(seed / 2), max_tokens=4 + seed, seed=seed)
     with pytest.raises(AssertionError, match="traced > 1 times"):
         engine.complete(decoder, [[1], [2], [3]], Sampling(), max_tokens=2)
 

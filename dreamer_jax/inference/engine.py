@@ -1,81 +1,78 @@
-"""Generation: make the weights ready once, read the prompts in one pass, then decode a token a step for each."""
+"""Generation for many requests: a batch of slots, each refilled with the next request as soon as its answer ends.
+
+Three programs on the device: `insert` reads prompts into free slots, `step` takes a token of every busy slot, and both
+leave the newest tokens for the host. The host decides which answers have ended, one step behind the device, so that
+neither waits for the other. Their shapes are few: one for steps, one for each size of prompts.
+"""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int, UInt
 
-from dreamer_jax.config import ModelConfig
-from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
+from dreamer_jax.inference.decoder import (
+    CACHES,
+    ROWS,
+    Caches,
+    Decoder,
+    empty_caches,
+    make_decoder,
+    on_devices,
+    on_hosts,
+    read_prompts,
+    read_tokens,
+    rows_for,
+)
+from dreamer_jax.inference.sample import Draws, GenerationError, Sampling, choose
 from dreamer_jax.kernels.compute import Compute
-from dreamer_jax.model.dreamer import Dreamer, check_tokens, checked_depth, made_ready
-from dreamer_jax.model.mixture import Memories
+from dreamer_jax.model.dreamer import Dreamer, check_tokens
 
+LIKELIEST = Sampling()
 LONGEST = 2**20
 """Tokens of an answer: more is a slip of the keyboard, and its cache fits nowhere."""
 OnToken = Callable[[int, int], bool | None]
-"""(row of the batch, new token) -> True to end this row here."""
+"""(number of the request, new token) -> True to end its answer here."""
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Decoder:
-    """A model ready to decode: matrices in the compute dtype, attention experts merged with the shared one (Eq. 8).
+class Prompt:
+    """A request for one answer."""
 
-    A pytree. JAX rebuilds it around things that are no arrays, hence the loose types.
-    """
-
-    config: ModelConfig = field(metadata={"static": True})
-    compute: Compute = field(metadata={"static": True})
-    depth: int = field(metadata={"static": True})
-    graph: Any = field(metadata={"static": True})
-    state: Any
-
-    @property
-    def model(self) -> Dreamer:
-        """The model, put together."""
-        return nnx.merge(self.graph, self.state)
+    tokens: Sequence[int]
+    max_tokens: int
+    sampling: Sampling = LIKELIEST
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Caches:
-    """What is remembered of some sequences."""
+class Answer(NamedTuple):
+    """What was said to one prompt."""
 
-    memories: Memories
-    """By dimension."""
-    rows: int = field(metadata={"static": True})
-    """Tokens that a sequence may have."""
-
-
-def make_decoder(model: Dreamer, compute: Compute, *, depth: int | None = None) -> Decoder:
-    """Merge, cast and pad the weights: once, not for every token. `depth`: how many depths run.
-
-    Raises:
-        ConfigError: the model cannot run at this depth.
-    """
-    depth = checked_depth(model.config, depth)
-    graph, state = nnx.split(model)
-
-    ready_graph, _ = nnx.eval_shape(lambda: _readied(graph, compute, state))
-    return Decoder(model.config, compute, depth, ready_graph, _ready_state(graph, compute, state))
+    number: int
+    """Of the prompt, in the order in which they came."""
+    tokens: list[int]
+    finished: bool
+    """False: it was cut at `max_tokens`."""
 
 
-def _readied(graph: Any, compute: Compute, state: nnx.State) -> tuple[Any, nnx.State]:
-    model = made_ready(nnx.merge(graph, state).merged(), compute)
-    model.embed.set_value(model.embed[...].astype(compute.dtype))
-    return nnx.split(model)
+class Slots(NamedTuple):
+    """What the device knows of the requests that it works on, a row each; or how these arrays are split."""
+
+    memories: Any
+    """Caches by dimension."""
+    tokens: Any
+    """int32 [B]: the newest, which has not been read yet."""
+    positions: Any
+    """int32 [B]: where it stands."""
+    draws: Draws
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _ready_state(graph: Any, compute: Compute, state: nnx.State) -> nnx.State:
-    return _readied(graph, compute, state)[1]
+SLOTS = Slots(CACHES, ROWS, ROWS, Draws(ROWS, ROWS, ROWS))
 
 
 def generate(
@@ -106,31 +103,24 @@ def complete(
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of any lengths in one batch.
+    """Continue prompts of any lengths, all at once.
 
     A row ends before a token of `stop_ids`, after a token for which `on_token` returns True, or at `max_tokens`. What
-    it says depends on its prompt, its index in the batch and the seed, not on the other rows.
+    it says depends on its prompt, its number and the seed, not on the other rows.
 
     Raises:
         GenerationError: no prompt, an empty one, a seed or max_tokens out of range.
         TokenError: an id outside of the vocabulary.
     """
-    check_request(max_tokens, seed)
-    tokens, lengths = padded(prompts)
-    check_tokens(tokens, decoder.config.vocab)
-    longest = int(lengths.max()) + max_tokens - 1  # the last token is never read
-    rows = rows_for(max(longest, tokens.shape[1]))
-    keys, positions = sequence_keys(seed, len(prompts)), jnp.asarray(lengths)
-    completions = _Completions(len(prompts), stop_ids, on_token)
-    caches, following = _first(decoder, sampling, rows, jnp.asarray(tokens), positions, keys)
-    for i in range(max_tokens):
-        latest = following
-        if i + 1 < max_tokens:  # the device starts on the next token before the host looks at this one
-            caches, following = _next(decoder, sampling, caches, latest, positions, keys)
-            positions = positions + 1
-        if completions.append(jax.device_get(latest)):
-            break
-    return completions.tokens
+    if not prompts:
+        raise GenerationError("there is no prompt")
+    requests = [Prompt(tokens, max_tokens, sampling) for tokens in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = max(rows_needed(request) for request in requests)
+    engine = Engine(decoder, slots=len(prompts), rows=rows, group=len(prompts), seed=seed)
+    for answer in engine.answers(requests, stop_ids=stop_ids, on_token=on_token):
+        answers[answer.number] = answer.tokens
+    return answers
 
 
 def check_request(max_tokens: int, seed: int) -> None:
@@ -141,114 +131,223 @@ def check_request(max_tokens: int, seed: int) -> None:
         raise GenerationError(f"seed = {seed}: must be at least 0 and below 2^32")
 
 
+def rows_needed(prompt: Prompt) -> int:
+    """Rows of a cache for a prompt, padded to its compiled size, and its answer, whose last token is never read."""
+    size = len(prompt.tokens)
+    return rows_for(max(size + prompt.max_tokens - 1, rows_for(size) if size else 0))
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request at work, as the host knows it."""
+
+    number: int
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    asked: int = 0
+    """Tokens that the device has been told to make."""
+    ended: bool = False
+
+
+Owners = list[tuple[int, _Request]]
+"""(slot, request) of those for which a program makes a token."""
+
+
+class Engine:
+    """Answers requests in a fixed number of slots; for one thread.
+
+    Args:
+        decoder: the model.
+        slots: requests at work at a time; rounded up to a multiple of the decoder's devices.
+        rows: tokens that a prompt and its answer may have together.
+        group: prompts that are read at once by each device, for which free slots wait; by default for an eighth of its
+            slots.
+        seed: of everything that is drawn.
+    """
+
+    def __init__(self, decoder: Decoder, *, slots: int, rows: int, group: int | None = None, seed: int = 0):
+        check_request(1, seed)
+        self._parts = decoder.parts
+        self._own = -(-slots // self._parts)  # slots of each device
+        self.slots, self.rows = self._own * self._parts, rows
+        self._group = min(self._own, group or -(-self._own // 8))
+        self._decoder, self._seed = decoder, np.uint32(seed)
+        self._state = _no_requests(decoder, self.slots, rows)
+        self._free = [deque(range(self._own)) for _ in range(self._parts)]
+        self._busy: dict[int, _Request] = {}
+
+    def answers(
+        self, prompts: Iterable[Prompt], *, stop_ids: Collection[int] = (), on_token: OnToken | None = None
+    ) -> Iterator[Answer]:
+        """The answers as they end, in that order.
+
+        Raises:
+            GenerationError: an empty prompt, one that does not fit the rows, max_tokens out of range.
+            TokenError: an id outside of the vocabulary.
+        """
+        waiting = enumerate(prompts)
+        queue: deque[_Request] = deque()
+        behind: deque[tuple[Owners, Array]] = deque()
+        more = True
+        while True:
+            while more and len(queue) < self.slots:  # as lazily as there are slots to fill
+                following = next(waiting, None)
+                more = following is not None
+                if following is not None:
+                    queue.append(self._checked(*following))
+            while queue and self._may_insert(queue):
+                behind.append(self._insert(queue))
+            if self._busy:
+                behind.append(self._step())
+            if not behind:
+                return
+            while len(behind) > 1 or (behind and not self._busy):
+                owners, tokens = behind.popleft()
+                latest = jax.device_get(tokens)
+                yield from self._read(owners, latest, stop_ids, on_token)
+
+    def _checked(self, number: int, prompt: Prompt) -> _Request:
+        check_request(prompt.max_tokens, 0)
+        if not len(prompt.tokens):
+            raise GenerationError(f"prompt {number} is empty")
+        check_tokens(np.asarray(prompt.tokens), self._decoder.config.vocab)
+        if (needed := rows_needed(prompt)) > self.rows:
+            raise GenerationError(f"prompt {number} and its answer need {needed} rows, the engine has {self.rows}")
+        return _Request(number, prompt)
+
+    def _may_insert(self, queue: deque[_Request]) -> bool:
+        free = sum(map(len, self._free))
+        return free >= min(self._group * self._parts, len(queue)) if self._busy else free > 0
+
+    def _insert(self, queue: deque[_Request]) -> tuple[Owners, Array]:
+        """Give the next requests to free slots, those of each device to a part of the rows that are read."""
+        owners: Owners = []
+        taken: list[_Request | None] = []
+        where: list[int] = []
+        for part, free in enumerate(self._free):
+            for _ in range(self._group):
+                request = queue.popleft() if queue and free else None
+                slot = free.popleft() if request else self._own  # past the end: written nowhere
+                taken.append(request)
+                where.append(slot)
+                if request:
+                    owners.append((part * self._own + slot, request))
+        prompts = [request.prompt if request else _NOBODY for request in taken]
+        tokens, lengths = padded([prompt.tokens for prompt in prompts])
+        numbers = [request.number if request else 0 for request in taken]
+        draws = Draws.of(numbers, [prompt.sampling for prompt in prompts])
+        given = tokens, lengths, np.array(where, np.int32), draws
+        self._state, latest = _insert(self._decoder, self.rows, self._seed, self._state, *given)
+        self._busy |= dict(owners)
+        self._asked(owners)
+        return owners, latest
+
+    def _step(self) -> tuple[Owners, Array]:
+        owners = list(self._busy.items())
+        active = np.zeros(self.slots, bool)
+        active[list(self._busy)] = True
+        self._state, latest = _step(self._decoder, self.rows, self._seed, self._state, active)
+        self._asked(owners)
+        return owners, latest
+
+    def _asked(self, owners: Owners) -> None:
+        """Count a token for each; those that have all get no more, and their slots are free for what comes next."""
+        for slot, request in owners:
+            request.asked += 1
+            if request.asked == request.prompt.max_tokens:
+                self._release(slot, request)
+
+    def _release(self, slot: int, request: _Request) -> None:
+        if self._busy.get(slot) is request:
+            del self._busy[slot]
+            self._free[slot // self._own].append(slot % self._own)
+
+    def _read(
+        self,
+        owners: Owners,
+        latest: Int[np.ndarray, "B"],
+        stop_ids: Collection[int],
+        on_token: OnToken | None,
+    ) -> Iterator[Answer]:
+        for slot, request in owners:
+            if request.ended:
+                continue
+            token = int(latest[slot])
+            stopped = token in stop_ids
+            if not stopped:
+                request.tokens.append(token)
+                stopped = on_token is not None and bool(on_token(request.number, token))
+            request.ended = stopped or len(request.tokens) == request.prompt.max_tokens
+            if request.ended:
+                self._release(slot, request)
+                yield Answer(request.number, request.tokens, stopped)
+
+
+_NOBODY = Prompt([0], 1)
+"""Fills a group of prompts up; it is read and forgotten."""
+
+
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Prompts padded at the end to one of a few lengths, and their own lengths."""
-    if not prompts:
-        raise GenerationError("there is no prompt")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise GenerationError(f"prompt {i} is empty")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), rows_for(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(prompts), rows_for(max(1, int(lengths.max())))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths
 
 
-def rows_for(tokens: int) -> int:
-    """`tokens` rounded up to one of four sizes per octave: few shapes to compile, little to spare."""
-    size = max(16, (1 << (tokens - 1).bit_length()) // 8)
-    return -(-tokens // size) * size
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _no_requests(decoder: Decoder, slots: int, rows: int) -> Slots:
+    def empty(decoder: Decoder) -> Slots:
+        own = slots // decoder.parts
+        nothing = jnp.zeros(own, jnp.int32)
+        draws = Draws(nothing, jnp.zeros(own), jnp.ones(own))
+        return Slots(empty_caches(decoder, own, rows).memories, nothing, nothing, draws)
+
+    return on_devices(empty, decoder, given=(), result=SLOTS)()
 
 
-class _Completions:
-    """What each row has said so far, and which rows go on."""
-
-    def __init__(self, rows: int, stop_ids: Collection[int], on_token: OnToken | None):
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self._going, self._stop_ids, self._on_token = list(range(rows)), stop_ids, on_token
-
-    def append(self, latest: Int[np.ndarray, "B"]) -> bool:
-        """Add a token to the rows that go on; True when none does any more."""
-        self._going = [row for row in self._going if not self._ends(row, int(latest[row]))]
-        return not self._going
-
-    def _ends(self, row: int, token: int) -> bool:
-        if token in self._stop_ids:
-            return True
-        self.tokens[row].append(token)
-        return self._on_token is not None and bool(self._on_token(row, token))
-
-
-@functools.partial(jax.jit, static_argnames=("sampling", "rows"))
-def _first(
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
+def _insert(
     decoder: Decoder,
-    sampling: Sampling,
     rows: int,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    keys: Key[Array, "B"],
-) -> tuple[Caches, Int[Array, "B"]]:
-    caches = empty_caches(decoder, tokens.shape[0], rows)
-    logits, caches = read_prompts(decoder, caches, tokens, lengths)
-    return caches, choose(logits, keys, lengths, sampling)
+    seed: UInt[Array, ""],
+    slots: Slots,
+    tokens: Int[Array, "n T"],
+    lengths: Int[Array, "n"],
+    where: Int[Array, "n"],
+    draws: Draws,
+) -> tuple[Slots, Int[Array, "B"]]:
+    """The slots with prompts read into some of them; the newest token of every slot."""
+
+    def insert(decoder, seed, slots, tokens, lengths, where, draws):
+        logits, caches = read_prompts(decoder, empty_caches(decoder, len(tokens), rows), tokens, lengths)
+        first = choose(logits, draws, lengths, seed)
+        memories = jax.tree.map(
+            lambda old, new: old.at[:, where].set(new, mode="drop"), slots.memories, caches.memories
+        )
+        others = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), slots[1:], (first, lengths, draws))
+        return Slots(memories, *others)
+
+    arrays = seed, slots, tokens, lengths, where, draws
+    given = P(), SLOTS, ROWS, ROWS, ROWS, SLOTS.draws
+    slots = on_devices(insert, decoder, given=given, result=SLOTS)(*arrays)
+    return slots, on_hosts(decoder, slots.tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("caches",))
-def _next(
-    decoder: Decoder,
-    sampling: Sampling,
-    caches: Caches,
-    tokens: Int[Array, "B"],
-    positions: Int[Array, "B"],
-    keys: Key[Array, "B"],
-) -> tuple[Caches, Int[Array, "B"]]:
-    logits, caches = read_tokens(decoder, caches, tokens, positions)
-    return caches, choose(logits, keys, positions + 1, sampling)
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
+def _step(
+    decoder: Decoder, rows: int, seed: UInt[Array, ""], slots: Slots, active: Bool[Array, "B"]
+) -> tuple[Slots, Int[Array, "B"]]:
+    """The slots after one more token of the active ones; the newest token of every slot."""
 
+    def step(decoder, seed, slots, active):
+        caches = Caches(slots.memories, rows)
+        logits, caches = read_tokens(decoder, caches, slots.tokens, slots.positions, active)
+        positions = slots.positions + active.astype(jnp.int32)
+        tokens = choose(logits, slots.draws, positions, seed)
+        return Slots(caches.memories, tokens, positions, slots.draws)
 
-def empty_caches(decoder: Decoder, batch: int, rows: int) -> Caches:
-    """Nothing remembered yet of `batch` sequences of at most `rows` tokens."""
-    return Caches(decoder.model.empty_caches(decoder.depth, batch, rows, decoder.compute.dtype), rows)
-
-
-def read_prompts(
-    decoder: Decoder, caches: Caches, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], Caches]:
-    """The logits after each prompt's last token, and the caches with the prompts in their first T rows.
-
-    Raises:
-        GenerationError: the caches have fewer than T rows.
-    """
-    if tokens.shape[1] > caches.rows:
-        raise GenerationError(f"prompts of {tokens.shape[1]} tokens do not fit caches of {caches.rows} rows")
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, caches = _read(decoder, caches, tokens, positions, segment_ids)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return decoder.model.logits(last, decoder.compute)[:, 0], caches
-
-
-def read_tokens(
-    decoder: Decoder, caches: Caches, tokens: Int[Array, "B"], positions: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], Caches]:
-    """The logits after one more token of each sequence, which stands at its position, and the caches with it.
-
-    The logits of a sequence whose position lies past the caches' rows are NaN.
-    """
-    segment_ids = jnp.ones_like(tokens)[:, None]
-    hidden, caches = _read(decoder, caches, tokens[:, None], positions[:, None], segment_ids)
-    logits = decoder.model.logits(hidden, decoder.compute)[:, 0]
-    return jnp.where((positions < caches.rows)[:, None], logits, jnp.nan), caches
-
-
-def _read(
-    decoder: Decoder,
-    caches: Caches,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], Caches]:
-    forward = functools.partial(decoder.model.forward, depth=decoder.depth, caches=caches.memories)
-    passed = forward(tokens, positions, segment_ids, decoder.compute)
-    return passed.hidden, Caches(passed.caches, caches.rows)
+    given = P(), SLOTS, ROWS
+    slots = on_devices(step, decoder, given=given, result=SLOTS)(seed, slots, active)
+    return slots, on_hosts(decoder, slots.tokens)

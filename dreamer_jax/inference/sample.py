@@ -1,10 +1,14 @@
 """The next token from logits: the likeliest, or drawn by temperature from the nucleus (Holtzman et al., 2020)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt
 
 from dreamer_jax.errors import DreamerError
 
@@ -32,30 +36,52 @@ class Sampling:
             raise GenerationError(f"top-p = {self.top_p}: must lie in (0, 1]")
 
 
-def sequence_keys(seed: int, batch: int) -> Key[Array, "B"]:
-    """A random key for each row of a batch.
+class Draws(NamedTuple):
+    """How the rows of a batch are sampled, each by its own request; or how these arrays are split."""
 
-    It depends on the seed and the row's index alone, so a row draws the same whatever stands in the other rows, and
-    equal prompts in different rows are answered differently.
-    """
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(batch))
+    number: Any
+    """int32 [B]: of the request. With the seed and the position it decides what is drawn."""
+    temperature: Any
+    """float32 [B]."""
+    top_p: Any
+    """float32 [B]."""
+
+    @staticmethod
+    def of(numbers: Sequence[int], samplings: Sequence[Sampling]) -> "Draws":
+        """On the host."""
+        temperature = np.array([sampling.temperature for sampling in samplings], np.float32)
+        top_p = np.array([sampling.top_p for sampling in samplings], np.float32)
+        return Draws(np.array(numbers, np.int32), temperature, top_p)
 
 
 def choose(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], positions: Int[Array, "B"], sampling: Sampling
+    logits: Float[Array, "B V"], draws: Draws, positions: Int[Array, "B"], seed: UInt[Array, ""]
 ) -> Int[Array, "B"]:
-    """The token of each row; `positions`, where it will stand, make its draw differ from the row's other draws."""
-    if sampling.temperature < 1e-6:  # below what float32 logits can tell apart
-        return jnp.argmax(logits, axis=-1)
-    return jax.vmap(lambda row, key, t: _draw(row, jax.random.fold_in(key, t), sampling))(logits, keys, positions)
+    """The token of each row, which will stand at its position.
+
+    What is drawn depends on the seed, the request's number and the position alone: a request is answered the same
+    whatever stands in the other rows, and equal prompts of different requests differently.
+    """
+    likeliest = jnp.argmax(logits, axis=-1)
+    drawn = draws.temperature >= 1e-6  # below that, float32 logits cannot be told apart
+
+    def draw() -> Int[Array, "B"]:
+        key = jax.random.key(seed)
+        keys = jax.vmap(lambda n, t: jax.random.fold_in(jax.random.fold_in(key, n), t))(draws.number, positions)
+        scaled = logits / jnp.where(drawn, draws.temperature, 1.0)[:, None]
+        cut = lax.cond(jnp.any(draws.top_p < 1), lambda: _nucleus(scaled, draws.top_p), lambda: scaled)
+        return jnp.where(drawn, jax.vmap(jax.random.categorical)(keys, cut), likeliest)
+
+    return lax.cond(jnp.any(drawn), draw, lambda: likeliest)
 
 
-def _draw(logits: Float[Array, "V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, ""]:
-    logits = logits / sampling.temperature
-    if sampling.top_p == 1:
-        return jax.random.categorical(key, logits)
-    order = jnp.argsort(-logits)
-    ranked = logits[order]
-    p = jax.nn.softmax(ranked)
-    before = jnp.cumsum(p) - p
-    return order[jax.random.categorical(key, jnp.where(before < sampling.top_p, ranked, -jnp.inf))]
+def _nucleus(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
+    """The logits with -inf where a token is not in the smallest set of likeliest tokens that have probability `top_p`.
+
+    Of equal tokens, the earlier ones are in it first.
+    """
+    order = jnp.argsort(-logits, axis=-1)
+    p = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+    before = jnp.cumsum(p, axis=-1) - p
+    kept = jnp.put_along_axis(jnp.zeros_like(logits, bool), order, before < top_p[:, None], axis=-1, inplace=False)
+    return jnp.where(kept | (top_p == 1)[:, None], logits, -jnp.inf)

@@ -198,16 +198,17 @@ class Kernels:
 
     def attend_newest(
         self,
-        q: Float[Array, "B 1 N H"],
+        q: Float[Array, "B T N H"],
         k: Float[Array, "L B K S H"],
         v: Float[Array, "L B K S H"],
         l: Int[Array, ""],
         lengths: Int[Array, "B"],
-    ) -> Float[Array, "B 1 N H"]:
-        """Attention of each sequence's newest token over the first `lengths` rows of its cache at depth `l`.
+    ) -> Float[Array, "B T N H"]:
+        """Attention of each sequence's T newest tokens over its cache at depth `l`, which they are in already.
 
-        Lengths must lie in [0, S]; length 0 gives zeros. A longer one is not noticed here: the result looks plausible,
-        but the newest token is missing from it.
+        With them a sequence has `lengths` rows; its last token sees them all, the one before one row less, and so on.
+        A token that sees no row gives zeros. A length above S is not noticed here: the result looks plausible, but the
+        tokens past the cache's end are missing from it.
         """
         return self.run.attend_newest(q, k, v, l, lengths)
 

@@ -111,7 +111,8 @@ def attend_sequence(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 
 def attend_newest(q: Array, k: Array, v: Array, l: Array, lengths: Array) -> Array:
     """`Kernels.attend_newest`."""
-    visible = jnp.arange(k.shape[3])[None, None, :] < lengths[:, None, None]
+    rows = lengths[:, None] - jnp.arange(q.shape[1] - 1, -1, -1)[None, :]
+    visible = jnp.arange(k.shape[3])[None, None, :] < rows[:, :, None]
     return _attend(q, k[l].swapaxes(1, 2), v[l].swapaxes(1, 2), visible)[0]
 
 

@@ -33,6 +33,8 @@ class Context(NamedTuple):
     """What this dimension made of the positions before the depth loop."""
     memory: Any
     """What this dimension remembers: None, or as `Dimension` says."""
+    continues: bool
+    """Whether the tokens stand after others that are in the cache, and not at the beginning."""
     inspecting: bool
     """Whether figures are wanted that only inspection looks at."""
 
@@ -86,5 +88,8 @@ class Dimension(nnx.Module):
         return None
 
     def cache(self, depth: int, batch: int, rows: int, dtype: DTypeLike) -> Any:
-        """An empty cache for `batch` sequences of at most `rows` tokens; None without such a memory."""
+        """An empty cache for `batch` sequences of at most `rows` tokens; None without such a memory.
+
+        Its arrays begin with the axes [depth, batch].
+        """
         return None

@@ -19,8 +19,9 @@ from dreamer_jax.kernels.interface import Kernels
 from dreamer_jax.kernels.norm import rms_norm
 from dreamer_jax.model.dimension import Context, Update
 from dreamer_jax.model.mixture import Layer, Memories
-from dreamer_jax.model.parameters import WeightTable, cast_matrices, taken_apart
+from dreamer_jax.model.parameters import Matrix, WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
+from dreamer_jax.sharding import at_work, moves
 
 
 class TokenError(DreamerError, ValueError):
@@ -121,12 +122,13 @@ class Dreamer(nnx.Module):
         *,
         depth: int | None = None,
         caches: Memories | None = None,
+        continues: bool = False,
         capture: bool = False,
     ) -> Forward:
         """As a call, of a model whose weights are `made_ready`: once per step, however many forward passes it has.
 
-        With `caches` (of `empty_caches`) the tokens continue sequences: either prompts from position 0 on, padded at
-        the end, or one token of each sequence, at its position.
+        With `caches` (of `empty_caches`) the tokens belong to sequences: prompts from position 0 on, padded at the
+        end; or, if it `continues`, the next tokens of each sequence, whose positions follow one another.
         """
         config, x = self.config, self.embedded(tokens, compute.dtype)
         depth = checked_depth(config, depth)
@@ -139,7 +141,7 @@ class Dreamer(nnx.Module):
             states = {name: dimension.state(x, depth) for name, dimension in dimensions.items()}
             carried |= _present(states)
         rows = {name: row for name, row in _present(rows).items() if name not in carried}
-        body = functools.partial(_depth_step, config, graph, compute, depth, capture)
+        body = functools.partial(_depth_step, config, graph, compute, depth, continues, capture)
         constants = biases, before, positions, segment_ids
         scan = functools.partial(depth_scan, body, compute.implementation, depth=depth, remat=compute.remat)
         y, carried, aux = scan(shared, stacked, constants, x, rows, carried)
@@ -190,6 +192,24 @@ def made_ready(model: Dreamer, compute: Compute) -> Dreamer:
     # Looked up, not multiplied: in float32, in which its gradient adds up many tokens.
     model.embed.set_value(embed)
     return model
+
+
+@jax.named_scope("weights")
+def working_weights(graph: Any, compute: Compute, biases: nnx.State, params: nnx.State) -> nnx.State:
+    """Inside shard_map: this device's part of the parameters as the weights that its depth loops read.
+
+    Prepared (Eq. 8, padding, cast) before they are gathered, so that what travels is small and every device prepares
+    its own part only.
+    """
+    _, ready, _ = taken_apart(made_ready(nnx.merge(graph, params, biases), compute))
+
+    def arrive(variable: nnx.Variable) -> nnx.Variable:
+        value, axes = variable[...], variable.get_metadata()["axes"]
+        smaller = isinstance(variable, Matrix) and moves(axes)
+        sent = value.astype(compute.dtype) if smaller else value
+        return variable.replace(at_work(sent, axes).astype(value.dtype))
+
+    return jax.tree.map(arrive, ready, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def check_tokens(tokens: Int[np.ndarray, "..."], vocab: int) -> None:
@@ -269,6 +289,7 @@ def _depth_step(
     graph: Any,
     compute: Compute,
     depth: int,
+    continues: bool,
     capture: bool,
     kernels: Kernels,
     shared: dict[str, Any],
@@ -283,7 +304,7 @@ def _depth_step(
     biases, before, positions, segment_ids = constants
     x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
-    context = Context(l, depth, kernels, compute.exchange, segment_ids, positions, None, None, capture)
+    context = Context(l, depth, kernels, compute.exchange, segment_ids, positions, None, None, continues, capture)
     output = layer(x, context, before, cache, carried)
     routers = {
         name: RouterFigures(update.routing.counts, update.routing.entropy)

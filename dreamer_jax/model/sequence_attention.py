@@ -39,17 +39,16 @@ class SequenceAttention(Dimension):
 
     @jax.named_scope("sa")
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Update:
-        """Attention within the documents of packed rows; with a cache, of prompts or of the newest token."""
+        """Attention within the documents of packed rows; with a cache, of prompts or of the newest tokens."""
         projections, kernels = self.projections, context.kernels
         x = rms_norm(x, self.norm[...], self.config.norm_epsilon)
         selection = projections.select(x, context)
         q, k, v = projections.qkv(x, context.precomputed, selection, kernels)
         cache = context.memory
         with jax.named_scope("scores"):
-            if cache is not None and x.shape[1] == 1:
-                lengths = context.positions[:, 0]
-                cache = write_tokens(cache, context.l, lengths, k, v)
-                o = kernels.attend_newest(q, *cache, context.l, lengths + 1)
+            if cache is not None and context.continues:
+                cache = write_tokens(cache, context.l, context.positions, k, v)
+                o = kernels.attend_newest(q, *cache, context.l, context.positions[:, -1] + 1)
             else:
                 o = kernels.attend_sequence(q, k, v, context.segment_ids)
                 cache = cache if cache is None else write_prompts(cache, context.l, k, v)
@@ -85,12 +84,10 @@ def write_prompts(
 def write_tokens(
     cache: SequenceCache,
     l: Int[Array, ""],
-    positions: Int[Array, "B"],
-    k: Float[Array, "B 1 K H"],
-    v: Float[Array, "B 1 K H"],
+    positions: Int[Array, "B T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
 ) -> SequenceCache:
-    """The cache with one row of depth `l` replaced in each sequence: the one at its position."""
-    sequences = jnp.arange(positions.shape[0])
-    return SequenceCache(
-        *(c.at[l, sequences, :, positions].set(new[:, 0]) for c, new in zip(cache, (k, v), strict=True))
-    )
+    """The cache with some rows of depth `l` replaced in each sequence: those at its tokens' positions."""
+    sequences = jnp.arange(positions.shape[0])[:, None]
+    return SequenceCache(*(c.at[l, sequences, :, positions].set(new) for c, new in zip(cache, (k, v), strict=True)))

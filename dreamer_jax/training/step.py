@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
-from dreamer_jax.model.dreamer import Dreamer, Figures, made_ready
-from dreamer_jax.model.parameters import Matrix, taken_apart
-from dreamer_jax.sharding import AXES, at_work, moves, spec_of, tree_shardings, tree_specs, varying
+from dreamer_jax.model.dreamer import Dreamer, Figures, working_weights
+from dreamer_jax.model.parameters import taken_apart
+from dreamer_jax.sharding import AXES, spec_of, tree_shardings, tree_specs, varying
 from dreamer_jax.training.loss import cross_entropy_sum, next_token_targets
 from dreamer_jax.training.optimizer import adamw, learning_rate, rebalanced
 
@@ -171,24 +171,6 @@ def _gradients(
     losses, figures = jax.tree.map(lambda a: jnp.sum(a, axis=0), (losses, figures))
     (grads,) = pullback(sums)
     return grads, lax.psum(losses, AXES), loss_tokens, lax.psum(figures, AXES)
-
-
-@jax.named_scope("weights")
-def working_weights(graph: Any, compute: Compute, biases: nnx.State, params: nnx.State) -> nnx.State:
-    """Inside shard_map: this device's part of the parameters as the weights that its depth loops read.
-
-    Prepared (Eq. 8, padding, cast) before they are gathered, so that what travels is small and every device prepares
-    its own part only.
-    """
-    _, ready, _ = taken_apart(made_ready(nnx.merge(graph, params, biases), compute))
-
-    def arrive(variable: nnx.Variable) -> nnx.Variable:
-        value, axes = variable[...], variable.get_metadata()["axes"]
-        smaller = isinstance(variable, Matrix) and moves(axes)
-        sent = value.astype(compute.dtype) if smaller else value
-        return variable.replace(at_work(sent, axes).astype(value.dtype))
-
-    return jax.tree.map(arrive, ready, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _parameter_specs(config: Config) -> nnx.State:

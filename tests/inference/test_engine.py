@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from dreamer_jax import convert
+from dreamer_jax.config import Config, MeshConfig, TrainConfig
 from dreamer_jax.inference import engine
+from dreamer_jax.inference.decoder import empty_caches, make_decoder, read_prompts, read_tokens, rows_for
 from dreamer_jax.inference.sample import GenerationError, Sampling
 from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.sharding import make_mesh
 from tests import oracle
 from tests.models import MIXTURES, SMALL, VARIANTS, changed, relative_error, sizes_of, small
 
@@ -41,19 +44,19 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return engine.make_decoder(model, Compute())
+    return make_decoder(model, Compute())
 
 
 @jax.jit
 def decoded_logits(decoder, texts, lengths):
     """Logits [B, STEPS, V] after the first `lengths` tokens of each text and after each of the next, one at a time."""
     prompt_rows = 8
-    caches = engine.empty_caches(decoder, len(texts), 24)
+    caches = empty_caches(decoder, len(texts), 24)
     # Padding is not zero here, so that it would be noticed.
-    logits, caches = engine.read_prompts(decoder, caches, texts[:, :prompt_rows], lengths)
+    logits, caches = read_prompts(decoder, caches, texts[:, :prompt_rows], lengths)
 
     def step(caches, positions):
-        logits, caches = engine.read_tokens(decoder, caches, texts[jnp.arange(len(texts)), positions], positions)
+        logits, caches = read_tokens(decoder, caches, texts[jnp.arange(len(texts)), positions], positions)
         return caches, logits
 
     _, later = jax.lax.scan(step, caches, lengths[None] + jnp.arange(STEPS - 1)[:, None])
@@ -77,7 +80,7 @@ def test_decoding_equals_the_full_forward_pass(config, depth):
     expected = np.asarray(full(model))
     expected = np.stack([row[n - 1 : n - 1 + STEPS] for row, n in zip(expected, lengths, strict=True)])
     # The full pass applies Eq. 7 with its shared experts, the decoder the merged experts of Eq. 8.
-    actual = decoded_logits(engine.make_decoder(model, Compute(), depth=depth), texts, lengths)
+    actual = decoded_logits(make_decoder(model, Compute(), depth=depth), texts, lengths)
     assert relative_error(actual, expected) < 1e-5
 
 
@@ -144,12 +147,11 @@ def test_a_row_ends_before_a_stop_id_or_when_the_caller_says_so(decoder):
 
 def test_the_cache_is_updated_in_place_and_da_adds_nothing_that_grows():
     config = changed(SMALL, depth=8, router={"attention_experts": 8})
-    decoder = engine.make_decoder(convert.build(config, weights_of(config)), Compute())
+    decoder = make_decoder(convert.build(config, weights_of(config)), Compute())
     rows = 1024
-    caches = engine.empty_caches(decoder, 2, rows)
-    latest, keys = jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0), 2)
-    compiled = engine._next.lower(decoder, Sampling(), caches, latest, latest, keys).compile()
-    size = sum(array.nbytes for array in jax.tree.leaves(caches))
+    slots = engine._no_requests(decoder, 2, rows)
+    compiled = engine._step.lower(decoder, rows, np.uint32(0), slots, np.ones(2, bool)).compile()
+    size = sum(array.nbytes for array in jax.tree.leaves(slots.memories))
     assert size == 8 * 2 * rows * 2 * config.sa.kv_heads * config.sa.head_size * 4
     measured = compiled.memory_analysis()
     assert measured.alias_size_in_bytes >= size
@@ -157,16 +159,16 @@ def test_the_cache_is_updated_in_place_and_da_adds_nothing_that_grows():
 
 
 def test_a_cache_has_few_sizes_and_little_to_spare():
-    sizes = [engine.rows_for(n) for n in range(1, 4097)]
+    sizes = [rows_for(n) for n in range(1, 4097)]
     assert all(n <= size <= max(n + 15, n * 1.25) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 8 + 4 * 5
 
 
 def test_a_cache_has_no_rows_beyond_the_need_of_its_batch(decoder, monkeypatch):
-    def first(decoder, sampling, rows, *_):
+    def no_requests(decoder, slots, rows):
         raise LookupError(rows)
 
-    monkeypatch.setattr(engine, "_first", first)
+    monkeypatch.setattr(engine, "_no_requests", no_requests)
     for prompts, max_tokens, rows in ((PROMPTS, STEPS, 16), ([[1] * 40], 9, 48), ([[1] * 40], 10, 64)):
         with pytest.raises(LookupError, match=str(rows)):
             engine.complete(decoder, prompts, Sampling(), max_tokens=max_tokens)
@@ -177,7 +179,91 @@ def test_a_later_depth_sees_the_depths_of_its_own_token_only(decoder):
     row = decoder.model.layer.da.row(x, decoder.depth)
     assert row.k.shape == row.v.shape == (2, 1, decoder.config.da.kv_heads, decoder.config.da.head_size)
     assert not row.k.any()
-    assert "da" not in engine.empty_caches(decoder, 2, 16).memories
+    assert "da" not in empty_caches(decoder, 2, 16).memories
+
+
+MESHES = [(8, 1, 1), (2, 2, 2)]
+QUEUE = [
+    engine.Prompt(
+        tokens=[int(t) for t in np.random.default_rng(i).integers(1, 60, 1 + 7 * i % 16)],
+        max_tokens=1 + 5 * i % 17,
+        sampling=DRAWN if i % 3 == 2 else Sampling(),
+    )
+    for i in range(20)
+]
+"""Prompts of 1 to 16 tokens with answers of 1 to 17, greedy and drawn."""
+
+
+def made(decoder, slots, group=1):
+    return engine.Engine(decoder, slots=slots, rows=32, group=group, seed=3)
+
+
+def answered(slots):
+    return {answer.number: answer.tokens for answer in slots.answers(QUEUE)}
+
+
+@pytest.fixture(scope="module")
+def one_by_one(decoder):
+    """The answer to each request of the queue, each in an engine of one slot."""
+    return answered(made(decoder, slots=1))
+
+
+def test_refilled_slots_and_batches_of_any_composition_say_the_same(decoder, one_by_one):
+    assert [len(one_by_one[i]) for i in range(20)] == [request.max_tokens for request in QUEUE]
+    slots = made(decoder, slots=5, group=2)
+    assert answered(slots) == one_by_one
+    assert answered(slots) == one_by_one  # one queue after another
+    backwards = {answer.number: answer.tokens for answer in slots.answers(QUEUE[::-1])}
+    greedy = [i for i, request in enumerate(QUEUE) if not request.sampling.temperature]
+    assert all(backwards[19 - i] == one_by_one[i] for i in greedy)
+
+
+def test_requests_that_end_early_give_their_slots_to_others(decoder, one_by_one):
+    stop = one_by_one[9][2]
+    ended = {i: tokens[: tokens.index(stop)] if stop in tokens else tokens for i, tokens in one_by_one.items()}
+    assert ended != one_by_one
+    answers = list(made(decoder, slots=5, group=2).answers(QUEUE, stop_ids=(stop,)))
+    assert {answer.number: answer.tokens for answer in answers} == ended
+    assert {answer.number: answer.finished for answer in answers} == {i: stop in one_by_one[i] for i in range(20)}
+
+
+def test_requests_are_taken_from_the_queue_when_there_are_slots_for_them(decoder):
+    taken = []
+
+    def queue():
+        for i, request in enumerate(QUEUE):
+            taken.append(i)
+            yield request
+
+    next(made(decoder, slots=5, group=2).answers(queue()))
+    assert len(taken) <= 11
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_every_mesh_answers_like_one_device(model, one_by_one, sizes):
+    mesh = make_mesh(MeshConfig(*sizes))
+    config = Config(name="mesh", model=model.config, train=TrainConfig(dtype="float32"))
+    placed = make_decoder(model, Compute.of(config, mesh), mesh=mesh)
+    assert answered(made(placed, slots=16)) == one_by_one
+
+
+def test_bfloat16_answers_a_queue(model, one_by_one):
+    together = answered(made(make_decoder(model, Compute(dtype=jnp.bfloat16)), slots=5, group=2))
+    assert [len(together[i]) for i in range(20)] == [request.max_tokens for request in QUEUE]
+    assert sum(one_by_one[i][0] == together[i][0] for i in range(20)) >= 16  # the nearest numbers may change places
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (engine.Prompt([], 1), "prompt 0 is empty"),
+        (engine.Prompt([1] * 40, 10), "prompt 0 and its answer need 64 rows, the engine has 32"),
+        (engine.Prompt([1], 0), "max-tokens = 0"),
+    ],
+)
+def test_an_engine_refuses_what_it_has_no_room_for(decoder, request_, message):
+    with pytest.raises(GenerationError, match=message):
+        list(made(decoder, slots=5, group=2).answers([request_]))
 
 
 @pytest.mark.parametrize(
@@ -190,9 +276,9 @@ def test_requests_that_cannot_be_served_are_refused(decoder, prompts, max_tokens
 
 
 def test_a_token_past_the_rows_of_the_caches_has_no_plausible_logits(decoder):
-    caches, token = engine.empty_caches(decoder, 2, 16), jnp.zeros(2, jnp.int32)
-    logits, _ = engine.read_tokens(decoder, caches, token, jnp.array([15, 16], jnp.int32))
+    caches, token = empty_caches(decoder, 2, 16), jnp.zeros(2, jnp.int32)
+    logits, _ = read_tokens(decoder, caches, token, jnp.array([15, 16], jnp.int32))
     assert np.isfinite(logits[0]).all()
     assert np.isnan(logits[1]).all()
     with pytest.raises(GenerationError, match="prompts of 17 tokens do not fit caches of 16 rows"):
-        engine.read_prompts(decoder, caches, jnp.zeros((2, 17), jnp.int32), token + 17)
+        read_prompts(decoder, caches, jnp.zeros((2, 17), jnp.int32), token + 17)

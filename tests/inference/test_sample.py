@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer_jax.inference.sample import GenerationError, Sampling, choose, sequence_keys
+from dreamer_jax.inference.sample import Draws, GenerationError, Sampling, choose
 
 P = np.array([0.05, 0.5, 0.15, 0.2, 0.1], np.float32)
 DRAWS = 4000
+SEED = jnp.uint32(0)
+CHOOSE = jax.jit(choose)
 
 
 def frequencies(p, sampling, draws=DRAWS):
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(p))[None], (draws, len(p)))
-    tokens = jax.jit(choose, static_argnums=3)(logits, sequence_keys(0, draws), jnp.zeros(draws, jnp.int32), sampling)
+    tokens = CHOOSE(logits, Draws.of(range(draws), [sampling] * draws), jnp.zeros(draws, jnp.int32), SEED)
     return np.bincount(tokens, minlength=len(p)) / draws
 
 
@@ -61,11 +63,25 @@ def test_zero_temperature_and_its_limits_take_the_likeliest(sampling):
 def test_positions_and_seeds_give_other_draws_and_rows_keep_theirs():
     def draw(seed, rows, position):
         logits = jnp.zeros((rows, 1000))
-        return choose(logits, sequence_keys(seed, rows), jnp.full(rows, position, jnp.int32), Sampling(1.0)).tolist()
+        draws = Draws.of(range(rows), [Sampling(1.0)] * rows)
+        return CHOOSE(logits, draws, jnp.full(rows, position, jnp.int32), jnp.uint32(seed)).tolist()
 
     assert draw(0, 3, 5) == draw(0, 6, 5)[:3]
     assert len({*map(tuple, (draw(0, 3, 5), draw(0, 3, 6), draw(1, 3, 5)))}) == 3
     assert len(set(draw(0, 6, 5))) > 1
+
+
+def test_every_row_is_sampled_by_its_own_request():
+    samplings = [Sampling(), Sampling(1.0), Sampling(1.0, 0.5), Sampling(2.0, 0.5)] * 200
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(P))[None], (len(samplings), len(P)))
+    place = jnp.zeros(len(samplings), jnp.int32)
+    numbers = range(len(samplings))
+    mixed = np.asarray(CHOOSE(logits, Draws.of(numbers, samplings), place, SEED))
+    for i in range(4):
+        alone = CHOOSE(logits, Draws.of(numbers, [samplings[i]] * len(samplings)), place, SEED)
+        np.testing.assert_array_equal(mixed[i::4], alone[i::4])
+    assert (mixed[::4] == 1).all()
+    assert len(set(mixed[1::4])) == 5
 
 
 @pytest.mark.parametrize(

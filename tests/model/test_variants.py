@@ -17,7 +17,7 @@ from dreamer_jax.accounting.flops import forward_flops
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import MeshConfig
 from dreamer_jax.convert.names import expected_shapes
-from dreamer_jax.inference import engine
+from dreamer_jax.inference.decoder import make_decoder
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training.step import init_state, make_train_step
@@ -130,7 +130,7 @@ def test_decoding_a_token_at_a_time_equals_the_oracles_full_pass(name):
     positions = np.broadcast_to(np.arange(16), texts.shape)
     full = oracle.forward(weights, sizes_of(config), texts, positions, np.ones_like(texts), depth).logits
     expected = np.stack([row[n - 1 : n - 1 + STEPS] for row, n in zip(full, lengths, strict=True)])
-    decoder = engine.make_decoder(convert.build(config, weights), Compute(), depth=depth)
+    decoder = make_decoder(convert.build(config, weights), Compute(), depth=depth)
     actual = decoded_logits(decoder, jnp.asarray(texts, jnp.int32), jnp.asarray(lengths))
     assert relative_error(actual, expected) < TOLERANCE
 

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from dreamer_jax.kernels.documents import document_start
 from dreamer_jax.kernels.native import calls
-from dreamer_jax.kernels.plain import depths
+from dreamer_jax.kernels.plain import attention, depths
 
 
 def attend_sequence(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
@@ -34,7 +34,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_newest(q: Array, k: Array, v: Array, l: Array, lengths: Array) -> Array:
-    """`Kernels.attend_newest`; it has no derivative."""
+    """`Kernels.attend_newest`, without derivative; in plain JAX for more than one token."""
+    if q.shape[1] > 1:
+        return attention.attend_newest(q, k, v, l, lengths)
     return calls.attend_cache(q, k, v, l, lengths)
 
 

@@ -24,16 +24,18 @@ BLOCK = 64
 
 def attend_newest(q: Array, k: Array, v: Array, l: Array, lengths: Array) -> Array:
     """`Kernels.attend_newest`."""
-    B, _, N, H = q.shape
+    B, T, N, H = q.shape
     K, S = k.shape[2:4]
-    seen = (jnp.arange(S)[None, :] < lengths[:, None])[:, None, None, :]
+    visible = lengths[:, None] - jnp.arange(T - 1, -1, -1)[None, :]  # rows that token t sees
+    seen = jnp.arange(S)[None, None, :] < visible[:, :, None]
+    seen = jnp.broadcast_to(seen[:, None, None], (B, K, N // K, T, S)).reshape(B, K, -1, S)
     # Keys and values stand head by head, as the products read them: otherwise XLA reorders the cache for every token.
     k, v = (lax.dynamic_index_in_dim(c, l, 0, keepdims=False) for c in (k, v))
-    rows = q.reshape(B, K, N // K, H)
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     scores = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32) / math.sqrt(H)
     probabilities = jax.nn.softmax(scores, axis=-1, where=seen).astype(v.dtype)
     out = jnp.einsum("bkqs,bksh->bkqh", probabilities, v, preferred_element_type=jnp.float32)
-    return out.reshape(B, 1, N, H).astype(q.dtype)
+    return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
 def attend_sequence(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
