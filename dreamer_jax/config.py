@@ -219,12 +219,24 @@ class TrainConfig:
     """Steps between measurements of the held-out loss; 0 for the end of the run only."""
     validation_batches: Count = 8
     """Batches of held-out rows in one measurement."""
+    evaluate_every: CountOrZero = 0
+    """Steps between evaluations on benchmarks; 0 for none."""
+    evaluate_tasks: Text = "gsm8k"
+    """Benchmarks of these evaluations, with commas between (docs/evaluation.md)."""
+    evaluate_data: Text = ""
+    """Folder of the benchmarks' files."""
+    evaluate_limit: Count = 64
+    """Questions of each part of a benchmark."""
 
     def __post_init__(self) -> None:
         """Check what no single key shows."""
         require(
             self.batch % self.microbatches == 0,
             f"train.batch = {self.batch} is not a multiple of train.microbatches = {self.microbatches}",
+        )
+        require(
+            not self.evaluate_every or bool(self.evaluate_data),
+            f"train.evaluate_every = {self.evaluate_every} needs train.evaluate_data, the folder of the files",
         )
 
 
@@ -268,6 +280,15 @@ class CheckpointConfig:
     """Steps between checkpoints (one is written at the end and on SIGTERM in any case)."""
     keep: Count = 3
     """Newest checkpoints to keep."""
+    keep_every: CountOrZero = 0
+    """Beside these, those of every so many steps, for evaluations along the training; 0 for none."""
+
+    def __post_init__(self) -> None:
+        """Check what no single key shows."""
+        require(
+            self.keep_every % self.every == 0,
+            f"checkpoint.keep_every = {self.keep_every} is not a multiple of checkpoint.every = {self.every}",
+        )
 
 
 @section("log")

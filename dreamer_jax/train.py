@@ -18,7 +18,7 @@ from dreamer_jax.distributed import joined
 from dreamer_jax.door import guarded, unbreakable_output
 
 if TYPE_CHECKING:
-    from dreamer_jax.training.loop import Summary
+    from dreamer_jax.training.loop import Look, Summary
 
 USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
 
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
 
         if group.count == 1:
             use_cores(config)
-        summary = train(config, group)
+        summary = train(config, group, benchmarks(config))
     code = interrupted_code() if summary.stopped_by else 0
     all_is_saved(code)
     if group.index:
@@ -74,6 +74,15 @@ def run(config: Config) -> int:
     print(f"wrote {config.run_dir}: checkpoints, config.json, tokenizer, metrics.jsonl, tensorboard")
     print(f'next: python -m dreamer_jax.generate --checkpoint {config.run_dir} --prompt "..."')
     return 0
+
+
+def benchmarks(config: Config) -> "Look | None":
+    """What `train.evaluate_every` asks for; its files are read now, so that one that is missing costs no training."""
+    if not config.train.evaluate_every:
+        return None
+    from dreamer_jax.evaluation.snapshots import Benchmarks
+
+    return Benchmarks.of(config.train)
 
 
 def sample(summary: "Summary") -> str:

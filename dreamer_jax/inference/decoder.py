@@ -147,6 +147,12 @@ def rows_for(tokens: int) -> int:
     return -(-tokens // size) * size
 
 
+def prompt_size(tokens: int) -> int:
+    """`tokens` rounded up to one of two sizes per octave: prompts of any lengths are compiled for few."""
+    size = max(16, 1 << (tokens - 1).bit_length())
+    return size * 3 // 4 if tokens <= size * 3 // 4 and size > 16 else size
+
+
 def empty_caches(decoder: Decoder, batch: int, rows: int) -> Caches:
     """Nothing remembered yet of `batch` sequences of at most `rows` tokens."""
     memories = decoder.model.empty_caches(decoder.depth, batch, rows, decoder.compute.dtype)

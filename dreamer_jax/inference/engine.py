@@ -26,6 +26,7 @@ from dreamer_jax.inference.decoder import (
     make_decoder,
     on_devices,
     on_hosts,
+    prompt_size,
     read_prompts,
     read_tokens,
     rows_for,
@@ -134,7 +135,7 @@ def check_request(max_tokens: int, seed: int) -> None:
 def rows_needed(prompt: Prompt) -> int:
     """Rows of a cache for a prompt, padded to its compiled size, and its answer, whose last token is never read."""
     size = len(prompt.tokens)
-    return rows_for(max(size + prompt.max_tokens - 1, rows_for(size) if size else 0))
+    return rows_for(max(size + prompt.max_tokens - 1, prompt_size(size)))
 
 
 @dataclass(eq=False)
@@ -290,7 +291,7 @@ _NOBODY = Prompt([0], 1)
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Prompts padded at the end to one of a few lengths, and their own lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), rows_for(max(1, int(lengths.max())))), np.int32)
+    tokens = np.zeros((len(prompts), prompt_size(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths

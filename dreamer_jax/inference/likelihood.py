@@ -16,6 +16,7 @@ from dreamer_jax.inference.decoder import (
     empty_caches,
     on_devices,
     on_hosts,
+    prompt_size,
     read_beginnings,
     read_more,
     read_packed,
@@ -59,7 +60,8 @@ def option_likelihoods(
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     """(number of the request, the likelihood of each of its options), `batch` requests at a time.
 
-    Requests of similar sizes go together, so they do not come back in their order.
+    Requests of similar sizes go together, so that little is padded and few shapes are compiled; so they do not come
+    back in their order.
 
     Raises:
         GenerationError: an empty prefix, option or list of options.
@@ -67,14 +69,15 @@ def option_likelihoods(
     """
     for number, request in enumerate(requests):
         _check(decoder, number, request)
-    shapes = [_shape(request) for request in requests]
-    order = sorted(range(len(requests)), key=lambda i: shapes[i])
+    several = max((len(request.options) for request in requests), default=0)
+    order = sorted(range(len(requests)), key=lambda i: (_option_size(requests[i]), len(requests[i].prefix)))
     batch = -(-batch // decoder.parts) * decoder.parts
     while order:
-        shape = shapes[order[0]]
-        alike = [i for i in order[:batch] if shapes[i] == shape]
+        size = _option_size(requests[order[0]])
+        alike = [i for i in order[:batch] if _option_size(requests[i]) == size]
         order = order[len(alike) :]
-        arrays = _option_arrays([requests[i] for i in alike], batch, *shape)
+        longest = prompt_size(max(len(requests[i].prefix) for i in alike))
+        arrays = _option_arrays([requests[i] for i in alike], batch, longest, several, size)
         nats, greedy = jax.device_get(_option_nats(decoder, *arrays))
         for row, i in enumerate(alike):
             of_option = zip(requests[i].options, nats[row], greedy[row], strict=False)
@@ -88,10 +91,10 @@ def _check(decoder: Decoder, number: int, request: Options) -> None:
         check_tokens(np.asarray(tokens), decoder.config.vocab)
 
 
-def _shape(request: Options) -> tuple[int, int, int]:
-    """Sizes to compile for: (tokens of the prefix, options, tokens of an option)."""
+def _option_size(request: Options) -> int:
+    """Tokens of its longest option, rounded up to a power of four."""
     longest = max(map(len, request.options))
-    return rows_for(len(request.prefix)), len(request.options), 1 << (longest - 1).bit_length()
+    return 1 << -(-(longest - 1).bit_length() // 2) * 2
 
 
 def _option_arrays(requests: Sequence[Options], batch: int, prefix: int, options: int, tokens: int) -> list[np.ndarray]:

@@ -100,6 +100,15 @@ def _has_content(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+def _kept(policy: CheckpointConfig) -> Any:
+    newest = managers.LatestN(policy.keep + 1)
+    return (
+        managers.AnyPreservationPolicy([newest, managers.EveryNSteps(policy.keep_every)])
+        if policy.keep_every
+        else newest
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -115,7 +124,7 @@ class Checkpoints:
         """Of the state that was restored, until it is confirmed."""
         options = ocp.CheckpointManagerOptions(
             step_name_format=_WholeSteps(),  # type: ignore[arg-type]  # Orbax's protocol has no public name
-            preservation_policy=managers.LatestN(policy.keep + 1) if policy else None,
+            preservation_policy=_kept(policy) if policy else None,
             cleanup_tmp_directories=policy is not None,
             create=policy is not None,
         )
@@ -181,11 +190,12 @@ class Checkpoints:
             ) from error
 
     def prune(self) -> None:
-        """Leave the newest `checkpoint.keep`."""
+        """Leave the newest `checkpoint.keep`, and those of every `checkpoint.keep_every` steps."""
         assert self._policy
         self.wait()
         for step in self.steps[: -self._policy.keep]:
-            self._manager.delete(step)
+            if not (self._policy.keep_every and step % self._policy.keep_every == 0):
+                self._manager.delete(step)
 
     def drop(self, step: int) -> None:
         """Delete one checkpoint."""

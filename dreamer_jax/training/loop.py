@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -68,12 +69,28 @@ class Summary(NamedTuple):
     prepared: Prepared
 
 
-def train(config: Config, group: Group | None = None) -> Summary:
+class Snapshot(NamedTuple):
+    """A model in the middle of its training."""
+
+    config: Config
+    model: Any
+    """The model (nnx module), on the mesh; the next step overwrites it."""
+    mesh: Mesh
+    tokenizer: Path
+    """The tokenizer's file."""
+
+
+Look = Callable[[Snapshot], metrics.Record]
+"""Figures of a snapshot, for the run's records; every process calls it."""
+
+
+def train(config: Config, group: Group | None = None, look: Look | None = None) -> Summary:
     """Train to `train.steps`, from the newest checkpoint of the run folder if there is one.
 
     Args:
         config: the run.
         group: the processes that take part, each of which calls this; process 0 prints and writes records.
+        look: what `train.evaluate_every` calls.
 
     Raises:
         ConfigError: the config does not fit the devices, or differs in its model from the run's checkpoints.
@@ -100,7 +117,7 @@ def train(config: Config, group: Group | None = None) -> Summary:
         if group.index == 0:
             write_run_files(config.run_dir, config, prepared.tokenizer)
         with Sinks(config, step=start.step, process=group.index) as sinks:
-            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, Agreement(asked, mesh), group, start)
+            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, Agreement(asked, mesh), group, start, look)
             state, step = run.steps(state)
             stopped_by = (asked.signal_name or "a signal to another process") if step < config.train.steps else None
             validation = None if stopped_by else run.finished(state, step)
@@ -194,6 +211,7 @@ class _Run:
     agreement: Agreement
     group: Group
     start: _Start
+    look: Look | None = None
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
@@ -221,7 +239,7 @@ class _Run:
                 self.read(*pending)
                 self.check_divergence(state)
             pending = (step, result, biases)
-            if self._saves(step) or self._validates(step):
+            if self._saves(step) or self._validates(step) or self._evaluates(step):
                 # A checkpoint comes after its own step's records, so that a resumed run's records have no gap.
                 self.read(*pending)
                 self.check_divergence(state)
@@ -230,6 +248,8 @@ class _Run:
                 self.validate(state, step)
             if self._saves(step):
                 self.save(state, step)
+            if self._evaluates(step):
+                self.evaluate(state, step)
             if self.agreement.stop() or step == self.config.train.steps:
                 break
         if pending:
@@ -346,6 +366,16 @@ class _Run:
             self.sinks.write(step, metrics.validation_record(total / count))
         return total / count
 
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Let benchmarks look at the model; the time that it takes does not count as training."""
+        assert self.look
+        started = time.monotonic()
+        self.group.beat(f"the evaluation of step {step}", slow=True)
+        model = nnx.merge(self.graph, state.params, state.biases)
+        self.sinks.write(step, self.look(Snapshot(self.config, model, self.mesh, self.prepared.tokenizer)))
+        self.reporter.pause(time.monotonic() - started)
+        self.group.beat(f"step {step + 1}")
+
     def batches(self, split: Any) -> Iterator[Batch]:
         """Batches on the devices."""
         if split == "train" and self.start.step >= self.config.train.steps:
@@ -369,6 +399,10 @@ class _Run:
 
     def _saves(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 and step < self.config.train.steps
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.train.evaluate_every
+        return self.look is not None and every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def _validates(self, step: int) -> bool:
         every = self.config.train.validate_every

@@ -1,0 +1,122 @@
+"""From the folder of a run to what is evaluated: a model that answers, and what it is."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from dreamer_jax.accounting.params import parameters
+from dreamer_jax.config import MeshConfig
+from dreamer_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamer_jax.evaluation.evaluation import Subject
+from dreamer_jax.evaluation.requests import EvaluationError
+from dreamer_jax.evaluation.respondent import Respondent
+from dreamer_jax.inference.decoder import make_decoder
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.model.dreamer import Dreamer, checked_depth
+from dreamer_jax.model.parameters import taken_apart
+from dreamer_jax.sharding import make_mesh
+from dreamer_jax.training.checkpoint import Checkpoints, Loaded, load_model
+from dreamer_jax.training.checksums import checksums
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint is asked."""
+
+    batch: int = 32
+    context: int | None = None
+    """Tokens that a document may have; None for those of training."""
+    stride: int | None = None
+    expert_devices: int = 1
+    """Devices that share out the experts; all others share out the requests."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that is to be evaluated."""
+
+    folder: Path
+    """Of the run."""
+    loaded: Loaded
+    tokens: int
+    """Training tokens behind it."""
+    weights: str
+
+    def respondent(self, settings: Settings, depth: int | None) -> Respondent:
+        """The model at a depth, on all devices."""
+        config, devices = self.loaded.config, jax.device_count()
+        mesh = None
+        if devices > 1:
+            mesh = make_mesh(MeshConfig(data=-1, expert=settings.expert_devices))
+        elif settings.expert_devices != 1:
+            raise EvaluationError(f"--expert-devices {settings.expert_devices}: there is one device")
+        compute = replace(Compute.of(config, mesh), remat="none")
+        decoder = make_decoder(self.loaded.model, compute, depth=depth, mesh=mesh)
+        context = settings.context or config.data.context
+        return Respondent(decoder, self.tokenizer, context, settings.batch, settings.stride, settings.seed)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's."""
+        return load_tokenizer(self.loaded.known_tokenizer, self.loaded.config.data.special_tokens)
+
+    def subject(self, settings: Settings, depth: int | None) -> Subject:
+        """What the results are of."""
+        config = self.loaded.config
+        return Subject(
+            run=config.name,
+            checkpoint=str(self.folder),
+            step=self.loaded.step,
+            tokens=self.tokens,
+            depth=checked_depth(config.model, depth),
+            trained_depth=config.model.depth,
+            variant=config.model.variant,
+            parameters=parameters(config.model).total,
+            weights=self.weights,
+            dtype=config.train.dtype,
+            context=settings.context or config.data.context,
+            stride=settings.stride,
+        )
+
+    def results(self, depth: int | None) -> Path:
+        """Where results of this checkpoint at this depth stand, if no other place is given."""
+        trained = self.loaded.config.model.depth
+        suffix = "" if depth in (None, trained) else f"-depth{depth}"
+        return self.folder / "evaluation" / f"{self.loaded.step}{suffix}"
+
+
+def candidate(checkpoint: Path) -> Candidate:
+    """The newest checkpoint of a run folder, or the one given.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it has no tokenizer.
+    """
+    loaded = load_model(checkpoint)
+    _ = loaded.known_tokenizer  # missing, it is missed now
+    folder = run_folder(checkpoint)
+    with Checkpoints(folder) as checkpoints:
+        rows = checkpoints.position(loaded.step).rows
+    return Candidate(folder, loaded, rows * loaded.config.data.context, fingerprint(loaded.model))
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to; the folder itself if it is one."""
+    checkpoint = checkpoint.expanduser()
+    inside = checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints"
+    return checkpoint.parent.parent if inside else checkpoint
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """Every checkpoint that a run keeps, oldest first."""
+    with Checkpoints(run) as checkpoints:
+        return [checkpoints.directory / str(step) for step in checkpoints.steps]
+
+
+def fingerprint(model: Dreamer) -> str:
+    """A checksum of all weights and router biases."""
+    _, *states = taken_apart(model)
+    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(states)}
+    return hashlib.sha256(repr(sorted(checksums(arrays).items())).encode()).hexdigest()[:16]

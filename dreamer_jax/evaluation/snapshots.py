@@ -1,0 +1,56 @@
+"""Benchmarks along a training: a small slice of them, asked of the model as it is."""
+
+import math
+from dataclasses import dataclass, replace
+
+from dreamer_jax.config import TrainConfig, user_path
+from dreamer_jax.data.tokenizer import load_tokenizer
+from dreamer_jax.evaluation.evaluation import estimates, limited
+from dreamer_jax.evaluation.requests import EvaluationError, Item, Outcome, Task
+from dreamer_jax.evaluation.respondent import Respondent
+from dreamer_jax.evaluation.tasks import named
+from dreamer_jax.inference.decoder import make_decoder
+from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.training.loop import Snapshot
+from dreamer_jax.training.metrics import Record
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """The tasks with the questions that are asked."""
+
+    asked: tuple[tuple[Task, tuple[Item, ...]], ...]
+
+    @staticmethod
+    def of(config: TrainConfig) -> "Benchmarks":
+        """Those that the config names, with their files read.
+
+        Raises:
+            EvaluationError: an unknown task, a missing or damaged file, or a task without questions.
+        """
+        root, found = user_path(config.evaluate_data, "train.evaluate_data"), []
+        for task in named([name.strip() for name in config.evaluate_tasks.split(",") if name.strip()]):
+            items = limited(task.questions(root).items, config.evaluate_limit)
+            if not items:
+                raise EvaluationError(f"train.evaluate_tasks: {task.name} has no questions in '{root}'")
+            found.append((task, tuple(items)))
+        return Benchmarks(tuple(found))
+
+    def __call__(self, snapshot: Snapshot) -> Record:
+        """evaluate/<task>/<metric> of each metric, and its interval's ends."""
+        config = snapshot.config
+        compute = replace(Compute.of(config, snapshot.mesh), remat="none")
+        decoder = make_decoder(snapshot.model, compute, mesh=snapshot.mesh)
+        tokenizer = load_tokenizer(snapshot.tokenizer, config.data.special_tokens)
+        respondent = Respondent(decoder, tokenizer, config.data.context)
+        record: Record = {}
+        for task, items in self.asked:
+            outcomes: list[Outcome | None] = [None] * len(items)
+            for number, outcome in respondent.respond([item.request for item in items]):
+                outcomes[number] = outcome
+            verdicts = list(task.verdicts(items, [outcome for outcome in outcomes if outcome is not None]))
+            for name, estimate in estimates(task, verdicts).items():
+                record |= {f"evaluate/{task.name}/{name}": estimate.value}
+                ends = {"low": estimate.low, "high": estimate.high}
+                record |= {f"evaluate/{task.name}/{name}_{end}": x for end, x in ends.items() if math.isfinite(x)}
+        return record
