@@ -96,8 +96,8 @@ def _check(arguments: Arguments) -> None:
 
 def chosen_tasks(arguments: Arguments) -> list["Task"]:
     """The tasks of --tasks, ppl with the files of --text."""
-    from dreamer_jax.evaluation.perplexity import PerplexityTask
-    from dreamer_jax.evaluation.tasks import named
+    from dreamer_jax.evaluation.benchmarks.perplexity import PerplexityTask
+    from dreamer_jax.evaluation.benchmarks.tasks import named
 
     tasks = named([name.strip() for name in arguments.tasks.split(",") if name.strip()])
     if not arguments.text:
@@ -108,7 +108,7 @@ def chosen_tasks(arguments: Arguments) -> list["Task"]:
 def evaluate(arguments: Arguments) -> int:
     """Ask every checkpoint at every depth what the tasks ask, and print the scores."""
     from dreamer_jax.evaluation.checkpoints import Settings, all_checkpoints, candidate, run_folder
-    from dreamer_jax.evaluation.compare import depth_table
+    from dreamer_jax.evaluation.comparison.compare import write_depths
 
     assert arguments.checkpoint
     tasks, root = chosen_tasks(arguments), (arguments.data or Path()).expanduser()
@@ -122,7 +122,7 @@ def evaluate(arguments: Arguments) -> int:
             evaluate_at(asked, depth, tasks, root, settings, arguments)
     run = run_folder(arguments.checkpoint)
     if len(arguments.depth) > 1:
-        print(depth_table(run))
+        print(write_depths(run, run / "evaluation"))
     print(f"next: python -m dreamer_jax.evaluate --compare {run} --compare ANOTHER_RUN")
     return 0
 
@@ -187,7 +187,7 @@ def report(task: "Task", scores: dict[str, Any]) -> str:
 
 def compare(arguments: Arguments) -> int:
     """Table 2's layout for the runs given, with paired differences, data efficiency and Figure 3."""
-    from dreamer_jax.evaluation.compare import compare as compared
+    from dreamer_jax.evaluation.comparison.compare import compare as compared
 
     out = (arguments.out or arguments.compare[0] / "comparison").expanduser()
     print(compared([path.expanduser() for path in arguments.compare], out))
@@ -197,8 +197,8 @@ def compare(arguments: Arguments) -> int:
 
 def check_scorers(arguments: Arguments) -> int:
     """Score the benchmarks' own solutions, and the same dealt out to other questions."""
+    from dreamer_jax.evaluation.benchmarks.perplexity import PerplexityTask
     from dreamer_jax.evaluation.gold import check
-    from dreamer_jax.evaluation.perplexity import PerplexityTask
 
     root = (arguments.data or Path()).expanduser()
     for task in chosen_tasks(arguments):

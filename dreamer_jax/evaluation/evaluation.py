@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamer_jax.evaluation.perplexity import PerplexityTask, perplexity
+from dreamer_jax.evaluation.benchmarks.tasks import prompts_hash
+from dreamer_jax.evaluation.comparison.statistics import Estimate, mean_interval
 from dreamer_jax.evaluation.requests import (
     EvaluationError,
     Generated,
@@ -24,8 +25,6 @@ from dreamer_jax.evaluation.requests import (
     Task,
     Verdict,
 )
-from dreamer_jax.evaluation.statistics import Estimate, mean_interval
-from dreamer_jax.evaluation.tasks import prompts_hash
 from dreamer_jax.files import write_whole
 
 FORMAT = 1
@@ -112,6 +111,7 @@ class Evaluation:
         self.tasks.pop(task.name, None)  # incomplete until it is judged
         self._write_scores()
         self._ask(task, items, respond, progress)
+        self._forget_scores(task)  # an earlier limit may have been larger
         found = [self.records[task.name, item.id] for item in items]
         verdicts = list(task.verdicts(items, [outcome_of(record) for record in found]))
         for record, verdict in zip(found, verdicts, strict=True):
@@ -136,6 +136,12 @@ class Evaluation:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 progress(len(items) - len(missing) + done, len(items))
+
+    def _forget_scores(self, task: Task) -> None:
+        for (name, _), record in self.records.items():
+            if name == task.name:
+                record.pop("scores", None)
+                record.pop("extracted", None)
 
     def _answered(self, task: Task, item: Item) -> bool:
         record = self.records.get((task.name, item.id))
@@ -239,14 +245,12 @@ def _metrics(task: Task, verdicts: Sequence[Verdict]) -> Record:
 
 
 def estimates(task: Task, verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    """Means of scores; of texts, ratios of sums."""
+    """The mean of each score, or what the task makes of them."""
     scores: dict[str, list[float]] = defaultdict(list)
     for verdict in verdicts:
         for name, score in verdict.scores.items():
             scores[name].append(score)
-    if isinstance(task, PerplexityTask):
-        return perplexity(scores["nats"], scores["tokens"], scores["bytes"])
-    return {name: mean_interval(values) for name, values in scores.items()}
+    return task.add_up(scores) or {name: mean_interval(values) for name, values in scores.items()}
 
 
 def _finite(value: float) -> float | None:

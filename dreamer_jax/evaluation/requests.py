@@ -1,12 +1,15 @@
 """What a benchmark asks of a model, what comes back, and what it is worth."""
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreamer_jax.errors import DreamerError
+
+if TYPE_CHECKING:
+    from dreamer_jax.evaluation.comparison.statistics import Estimate
 
 
 class EvaluationError(DreamerError, ValueError):
@@ -137,3 +140,7 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def verdicts(self, items: Sequence[Item], outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
         """The verdict on each outcome, in order."""
+
+    def add_up(self, scores: Mapping[str, Sequence[float]]) -> "dict[str, Estimate] | None":
+        """The metrics, from the items' scores; None where each is the mean of the scores of its name."""
+        return None

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from dreamer_jax.config import TrainConfig, user_path
 from dreamer_jax.data.tokenizer import load_tokenizer
+from dreamer_jax.evaluation.benchmarks.tasks import named
 from dreamer_jax.evaluation.evaluation import estimates, limited
 from dreamer_jax.evaluation.requests import EvaluationError, Item, Outcome, Task
 from dreamer_jax.evaluation.respondent import Respondent
-from dreamer_jax.evaluation.tasks import named
 from dreamer_jax.inference.decoder import make_decoder
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.training.loop import Snapshot

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dreamer_jax.evaluation.benchmarks.gsm8k import NO_ANSWER, Gsm8k
+from dreamer_jax.evaluation.benchmarks.hendrycks_math import Math
 from dreamer_jax.evaluation.gold import check, gold_outcomes, shuffled_outcomes
-from dreamer_jax.evaluation.gsm8k import NO_ANSWER, Gsm8k
-from dreamer_jax.evaluation.hendrycks_math import Math
 from dreamer_jax.evaluation.requests import (
     Choose,
     EvaluationError,

@@ -18,12 +18,13 @@ from lm_eval.api.instance import Instance
 from dreamer_jax import convert
 from dreamer_jax.config import Config, DataConfig, TrainConfig
 from dreamer_jax.data.tokenizer import train_sentencepiece
-from dreamer_jax.evaluation import checkpoints, harness
-from dreamer_jax.evaluation.harness_model import DreamerLM, fitted_pair, generation, sampling_of, shared_contexts, whole
-from dreamer_jax.evaluation.harness_tasks import Written, write_tasks
-from dreamer_jax.evaluation.mmlu import SUBJECTS
+from dreamer_jax.evaluation import checkpoints
+from dreamer_jax.evaluation.benchmarks.mmlu import SUBJECTS
+from dreamer_jax.evaluation.benchmarks.tasks import named
+from dreamer_jax.evaluation.harness import __main__ as harness
+from dreamer_jax.evaluation.harness.local_tasks import Written, write_tasks
+from dreamer_jax.evaluation.harness.model import DreamerLM, fitted_pair, generation, sampling_of, shared_contexts, whole
 from dreamer_jax.evaluation.requests import Choose, EvaluationError, Generate, Generated, Item, Likelihoods, Verdict
-from dreamer_jax.evaluation.tasks import named
 from dreamer_jax.inference.sample import Sampling
 from dreamer_jax.language_model import load
 from dreamer_jax.training.checkpoint import save_model
@@ -443,7 +444,7 @@ def test_the_command_writes_tasks_and_names_what_comes_next(
 
 def test_help_does_not_wait_for_jax() -> None:
     program = (
-        "import sys\nfrom dreamer_jax.evaluation import harness\n"
+        "import sys\nfrom dreamer_jax.evaluation.harness import __main__ as harness\n"
         "try:\n    harness.main(['--help'])\nexcept SystemExit:\n    pass\nsys.exit('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -68,7 +68,7 @@ def full(model):
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return make_decoder(model, Compute())
+    return make_decoder(model, Compute.fastest())
 
 
 def assert_options(decoder, full, requests=REQUESTS, batch=4):
@@ -84,7 +84,7 @@ def assert_options(decoder, full, requests=REQUESTS, batch=4):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options_after_a_prefix_that_is_read_once_are_as_likely_as_in_a_full_pass(variant):
     model = model_of(variant)
-    assert_options(make_decoder(model, Compute()), read(model))
+    assert_options(make_decoder(model, Compute.fastest()), read(model))
 
 
 def test_options_of_other_shapes_are_as_likely(decoder, full):
@@ -153,7 +153,7 @@ def test_every_mesh_finds_the_same_likelihoods(model, full):
 
 
 def test_another_depth_is_read_at_that_depth(model):
-    assert_options(make_decoder(model, Compute(), depth=5), read(model, depth=5))
+    assert_options(make_decoder(model, Compute.fastest(), depth=5), read(model, depth=5))
 
 
 @pytest.mark.parametrize("request_", [Options([], [[1]]), Options([1], []), Options([1], [[1], []])])

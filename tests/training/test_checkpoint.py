@@ -173,9 +173,7 @@ def test_a_run_does_not_go_on_from_arrays_that_are_not_what_was_saved(uninterrup
     content = json.loads(meta.read_text())
     content["checksums"]["params.embed"] = "0" * 16
     meta.write_text(json.dumps(content))
-    with pytest.raises(
-        CheckpointError, match=r"(?s)params\.embed.* is not what was saved.*go on from step 4"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)params\.embed.* is not what was saved.*go on from step 4"):
         train(damaged)
     assert records(damaged) == records(config)
 

@@ -1,0 +1,82 @@
+"""Runs side by side: Table 2 of the paper, paired differences, data efficiency, their figures, and scores by depth.
+
+What is said of the runs is put together in `side_by_side.py`; here it is written, as Markdown, as JSON and as figures.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamer_jax.evaluation.comparison.figures import Panel, against_depth, figure_3, save
+from dreamer_jax.evaluation.comparison.panels import accuracy_panels, depth_panels
+from dreamer_jax.evaluation.comparison.record import record
+from dreamer_jax.evaluation.comparison.results import read_runs
+from dreamer_jax.evaluation.comparison.side_by_side import compared, depth_columns
+from dreamer_jax.evaluation.comparison.tables import depth_table, legend, markdown
+from dreamer_jax.evaluation.requests import EvaluationError
+from dreamer_jax.files import write_whole
+
+
+def compare(runs: Sequence[Path], out: Path, baseline: Path | None = None) -> str:
+    """Compare runs and write compare.md, compare.json and figures into `out`, a folder that is made if need be.
+
+    Args:
+        runs: folders of runs that have been evaluated, or of single evaluations.
+        out: where to write.
+        baseline: the one of `runs` that the others are compared with; the first if not given.
+
+    Returns:
+        The text of compare.md and what figures there are. Without matplotlib there are none, and the text says so.
+
+    Raises:
+        EvaluationError: an evaluation is absent, broken or unfinished, or two of them asked different things.
+    """
+    comparison = compared(read_runs(runs), _position(runs, baseline))
+    text, tables = markdown(comparison), out / "compare.md"
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(tables, text)
+    write_whole(tables.with_suffix(".json"), json.dumps(record(comparison), indent=1, allow_nan=False) + "\n")
+    by_depth = depth_panels([run for run in comparison.runs if len(run.depths) > 1])
+    drawn = _draw(accuracy_panels(comparison), by_depth, out)
+    return f"{text}\ntables: {tables}, {tables.with_suffix('.json')}\n{drawn}"
+
+
+def write_depths(run: Path, out: Path) -> str:
+    """Write depth.md and a figure of one run's scores by depth into `out`, a folder that is made if need be.
+
+    They are of the newest checkpoint that was evaluated at several depths.
+
+    Args:
+        run: folder of a run that has been evaluated.
+        out: where to write.
+
+    Returns:
+        The text of depth.md and what figures there are. Without matplotlib there are none, and the text says so.
+
+    Raises:
+        EvaluationError: an evaluation is absent, broken or unfinished, or two of them asked different things.
+    """
+    [found] = read_runs([run])
+    text = f"# {found.label} by depth\n\n{legend(depth_columns(found))}\n\n{depth_table(found)}\n"
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "depth.md", text)
+    return f"{text}\ntable: {out / 'depth.md'}\n{_draw([], depth_panels([found]), out)}"
+
+
+def _position(paths: Sequence[Path], baseline: Path | None) -> int:
+    if baseline is None:
+        return 0
+    places = [path.resolve() for path in paths]
+    if baseline.resolve() not in places:
+        raise EvaluationError(f"the baseline '{baseline}' is none of the runs: {', '.join(map(str, paths))}")
+    return places.index(baseline.resolve())
+
+
+def _draw(accuracies: Sequence[Panel], by_depth: Sequence[Panel], out: Path) -> str:
+    """Draw what there is to draw; the line to tell of it."""
+    drawings = (("accuracy", figure_3, accuracies), ("depth", against_depth, by_depth))
+    try:
+        files = [file for name, draw, panels in drawings if panels for file in save(draw(panels), out / name)]
+    except EvaluationError as error:
+        return f"no figures: {error}\n"
+    return f"figures: {', '.join(map(str, files))}\n" if files else ""

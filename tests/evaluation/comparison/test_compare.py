@@ -1,0 +1,89 @@
+"""Tables, figures and their data are written."""
+
+import json
+import sys
+
+import pytest
+
+from dreamer_jax.evaluation.comparison.compare import compare, write_depths
+from dreamer_jax.evaluation.requests import EvaluationError
+from tests.evaluation.comparison.folders import (
+    evaluate,
+    perplexity,
+    rows,
+    task,
+)
+
+
+def test_another_baseline_can_be_named(runs, tmp_path):
+    text = compare(runs, tmp_path / "out", baseline=runs[1])
+    assert "Baseline: dr." in text
+    assert {line[0] for line in rows(text, "Differences")[1:]} == {"la", "dr_da"}
+    with pytest.raises(EvaluationError, match="is none of the runs"):
+        compare(runs, tmp_path / "out", baseline=tmp_path / "other")
+
+
+def test_unbounded_intervals_are_null_in_json(tmp_path):
+    entry, items = task(5)
+    entry["metrics"]["robust"] |= {"low": None, "high": None}
+    path = evaluate(tmp_path, "la", 100, {"gsm8k": (entry, items)})
+    compare([path], tmp_path / "out")
+    best = json.loads((tmp_path / "out" / "compare.json").read_text())["columns"][0]["runs"]["la"]["best"]
+    assert (best["value"], best["low"], best["high"]) == (0.25, None, None)
+
+
+def test_tables_and_figures_are_written(runs, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra 'figures' is not installed")
+    evaluate(tmp_path, "dr", 400, {"gsm8k": task(5), "ppl": perplexity(8.0)}, depth=32)
+    out = tmp_path / "a" / "b"
+    text = compare(runs, out)
+    names = ["accuracy.png", "accuracy.svg", "compare.json", "compare.md", "depth.png", "depth.svg"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all(str(out / name) in text for name in names)
+    assert text.startswith((out / "compare.md").read_text())
+
+
+def test_without_matplotlib_the_tables_are_written(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = compare(runs, tmp_path / "out")
+    assert text.endswith("no figures: figures need matplotlib: pip install 'dreamer-jax[figures]'\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md"]
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A run that was evaluated at three depths."""
+    for depth, right in ((8, 2), (16, 10), (32, 9)):
+        path = evaluate(tmp_path, "dr", 400, {"gsm8k": task(right), "ppl": perplexity(90.0 / right)}, depth=depth)
+    return path
+
+
+def test_the_depths_of_one_run_are_written(deep):
+    pytest.importorskip("matplotlib", reason="the extra 'figures' is not installed")
+    out = deep / "evaluation"
+    text = write_depths(deep, out)
+    written = {path.name for path in out.iterdir() if path.is_file()}
+    assert written == {"depth.md", "depth.png", "depth.svg"}
+    assert all(str(out / name) in text for name in written)
+    assert text.startswith((out / "depth.md").read_text())
+    assert "gsm8k: robust, n = 20, chance 25.0; ppl: perplexity, n = 2." in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("|")] == [
+        "DEPTH",
+        "---",
+        "8",
+        "**16",
+        "32",
+    ]
+
+
+def test_depths_without_that_of_training_are_written_too(tmp_path):
+    for depth in (8, 32):
+        path = evaluate(tmp_path, "dr", 400, {"gsm8k": task(depth // 2)}, depth=depth)
+    assert "(trained)" not in write_depths(path, tmp_path / "out")
+
+
+def test_without_matplotlib_the_table_of_depths_is_written(deep, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = write_depths(deep, tmp_path / "out")
+    assert text.endswith("no figures: figures need matplotlib: pip install 'dreamer-jax[figures]'\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["depth.md"]
