@@ -18,6 +18,7 @@ from dreamer_jax.kernels.compute import Compute
 from tests import oracle
 from tests.models import changed, sizes_of, small
 
+pytestmark = pytest.mark.xdist_group("respondent")
 VOCAB = 300
 CONTEXT = 48
 
@@ -32,9 +33,8 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decoder():
     config = changed(small("DR+DA"), vocab=VOCAB)
-    return make_decoder(
-        convert.build(config, oracle.random_weights(sizes_of(config), seed=3, scale=0.3)), Compute.fastest()
-    )
+    model = convert.build(config, oracle.random_weights(sizes_of(config), seed=3, scale=0.3))
+    return make_decoder(model, Compute.fastest())
 
 
 @pytest.fixture(scope="module")

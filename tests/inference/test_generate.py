@@ -12,6 +12,7 @@ from dreamer_jax.training.checkpoint import load_model, save_model
 from tests import oracle
 from tests.models import changed, sizes_of, small
 
+pytestmark = pytest.mark.xdist_group("generate")
 VOCAB = 300
 
 

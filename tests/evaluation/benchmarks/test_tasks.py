@@ -81,7 +81,7 @@ def test_the_hash_changes_with_any_character_of_a_request_and_with_any_number() 
     hashes = [prompts_hash(items(*REQUESTS))]
     for i, request in enumerate(REQUESTS):
         hashes += [prompts_hash(items(*REQUESTS[:i], new, *REQUESTS[i + 1 :])) for new in changes(request)]
-    assert len(hashes) > 150
+    assert len(hashes) > 140
     originals = [new for request in REQUESTS for new in changes(request)]
     assert len(set(hashes)) == 1 + len(set(originals))
 
