@@ -105,6 +105,7 @@ def test_the_benchmarks_own_solutions_can_be_scored(data, capsys):
     ("arguments", "message"),
     [
         (["--tasks", "gsm8"], "unknown task 'gsm8'; did you mean 'gsm8k'"),
+        (["--tasks", " ,"], "no task is named; there are ppl, gsm8k"),
         (["--tasks", "gsm8k,math"], "math/test.jsonl"),
         (["--tasks", "gsm8k", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--tasks", "gsm8k", "--depth", "0"], "at least one depth must run"),

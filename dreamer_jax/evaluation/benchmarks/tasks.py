@@ -31,8 +31,10 @@ def named(names: Sequence[str]) -> list[Task]:
     """The tasks of these names, in their order.
 
     Raises:
-        EvaluationError: there is no such task, and the nearest is named; or one is named twice.
+        EvaluationError: there is no such task, and the nearest is named; or one is named twice, or none.
     """
+    if not names:
+        raise EvaluationError(f"no task is named; there are {', '.join(TASKS)}")
     for name in names:
         if name not in TASKS:
             close = difflib.get_close_matches(name.lower(), TASKS, n=1)

@@ -33,7 +33,8 @@ def test_every_task_goes_by_its_own_name_and_has_metrics() -> None:
 
 def test_tasks_come_in_the_order_in_which_they_are_named() -> None:
     assert [task.name for task in named(["mathqa", "gsm8k"])] == ["mathqa", "gsm8k"]
-    assert named([]) == []
+    with pytest.raises(EvaluationError, match="no task is named"):
+        named([])
 
 
 @pytest.mark.parametrize(
