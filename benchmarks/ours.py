@@ -1,14 +1,18 @@
 """Contestant: this project, training or decoding. Started by train_step.py, decode.py and profile_step.py."""
 
+import functools
 import json
 import sys
 import time
+from collections import deque
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from contestant import HostMemory, serve
+from decode import Request, Way, in_batches, serve_ways
 from flax import nnx
 from sizes import configs
 
@@ -18,8 +22,8 @@ from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.dimensions.base import Weight
-from dreamer_jax.inference import engine
-from dreamer_jax.inference.sample import Sampling, sequence_keys
+from dreamer_jax.inference.decoder import Decoder, make_decoder, rows_for
+from dreamer_jax.inference.engine import Engine, Prompt, rows_needed
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.cores import use_cores
 from dreamer_jax.model.dreamer import Dreamer
@@ -29,7 +33,7 @@ from dreamer_jax.training.step import TrainState, init_state, make_train_step
 def main() -> None:
     spec = json.loads(sys.argv[-1])
     config = configs(spec["size"])[spec["name"]]
-    (decode if spec.get("batch") else train)(config, spec)
+    (answer if "queue" in spec else decode if spec.get("batch") else train)(config, spec)
 
 
 def train(config: Config, spec: dict[str, Any]) -> None:
@@ -65,24 +69,72 @@ def train(config: Config, spec: dict[str, Any]) -> None:
 
 def decode(config: Config, spec: dict[str, Any]) -> None:
     """Read prompts, then decode a token of each row at every step, greedily; weights as initialised."""
-    model, compute, memory = Dreamer(config.model, nnx.Rngs(0)), Compute.of(config), HostMemory()
-    decoder, sampling = engine.make_decoder(model, compute), Sampling(0.0, 1.0)
-    prompts = jnp.asarray(prompt_rows(spec))
-    lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
-    keys, rows = sequence_keys(0, len(prompts)), engine.rows_for(spec["longest"])
-    caches, tokens = engine._first(decoder, sampling, rows, prompts, lengths, keys)
-    positions = lengths
+    memory = HostMemory()
+    rows, most = rows_for(spec["longest"]), spec["longest"] - spec["prompt"]
+    prompts = [Prompt(row, most) for row in prompt_rows(spec)]
+    decoder = make_decoder(Dreamer(config.model, nnx.Rngs(0)), Compute.of(config))
+    engine = Engine(decoder, slots=len(prompts), rows=rows, group=len(prompts))
+    engine._insert(deque(engine._checked(number, prompt) for number, prompt in enumerate(prompts)))
     about = {"tokens": len(prompts), "weight_bytes": weight_bytes(config, len(prompts)), "copy": copy_speed()}
-    cache_bytes = sum(a.nbytes for a in jax.tree.leaves(caches))
+    cache_bytes = sum(a.nbytes for a in jax.tree.leaves(engine._state.memories))
 
     def take() -> None:
-        nonlocal caches, tokens, positions
-        caches, tokens = engine._next(decoder, sampling, caches, tokens, positions, keys)
-        positions = positions + 1
-        tokens.block_until_ready()
+        _, latest = engine._step()
+        latest.block_until_ready()
 
     take()
     serve(about | {"cache_bytes": cache_bytes}, take, memory.peak)
+
+
+def answer(config: Config, spec: dict[str, Any]) -> None:
+    """Answer the whole queue, in one way after the other; weights as initialised."""
+    requests: list[Request] = json.loads(Path(spec["queue"]).read_text())
+    decoder = make_decoder(Dreamer(config.model, nnx.Rngs(0)), Compute.of(config))
+    ways: dict[str, Way] = {}
+    for slots in spec["slots"]:
+        ways[f"{slots} refilled"] = functools.partial(refilled, counted_engine(decoder, requests, slots))
+        engine = counted_engine(decoder, together(requests, slots), slots, group=slots)
+        ways[f"{slots} in batches"] = functools.partial(batched, engine)
+    serve_ways(ways, requests)
+
+
+def refilled(engine: "CountedEngine", requests: list[Request]) -> float:
+    """Answer all; the share of slot-steps that made a token."""
+    return answered(engine, requests, requests)
+
+
+def batched(engine: "CountedEngine", requests: list[Request]) -> float:
+    """Answer in batches that wait for their longest; the share of slot-steps that made a wanted token."""
+    return answered(engine, together(requests, engine.slots), requests)
+
+
+def together(requests: list[Request], slots: int) -> list[Request]:
+    """All answers of a batch as long as its longest."""
+    return [(tokens, max(most for _, most in batch)) for batch in in_batches(requests, slots) for tokens, _ in batch]
+
+
+def answered(engine: "CountedEngine", asked: list[Request], wanted: list[Request]) -> float:
+    engine.steps = 0
+    made = {answer.number: len(answer.tokens) for answer in engine.answers(Prompt(*request) for request in asked)}
+    assert made == {number: most for number, (_, most) in enumerate(asked)}
+    # The first token of each comes with its prompt.
+    return sum(most - 1 for _, most in wanted) / (engine.slots * engine.steps)
+
+
+def counted_engine(decoder: Decoder, requests: list[Request], slots: int, group: int | None = None) -> "CountedEngine":
+    """With room for any of the requests."""
+    rows = max(rows_needed(Prompt(*request)) for request in requests)
+    return CountedEngine(decoder, slots=slots, rows=rows, group=group)
+
+
+class CountedEngine(Engine):
+    """Counts its steps."""
+
+    steps = 0
+
+    def _step(self) -> Any:
+        self.steps += 1
+        return super()._step()
 
 
 def prompt_rows(spec: dict[str, Any]) -> np.ndarray:

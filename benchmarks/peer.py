@@ -5,15 +5,20 @@ model is meant to be: Qwen3 by its auxiliary loss, GLM-4 by a bias on its router
 load, as DeepSeek-V3 does.
 """
 
+import contextlib
+import copy
+import functools
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from contestant import HostMemory, serve
+from decode import Request, Way, in_batches, serve_ways
 from sizes import configs
 
 from dreamer_jax.accounting.flops import training_flops
@@ -30,7 +35,94 @@ def main() -> None:
     memory = HostMemory()
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     model = made(spec["name"], config, spec["experts"], dtype).to(device)
-    (decode if spec.get("batch") else train)(model, config, spec, memory)
+    (answer if "queue" in spec else decode if spec.get("batch") else train)(model, config, spec, memory)
+
+
+@torch.inference_mode()
+def answer(model: Any, config: Config, spec: dict[str, Any], memory: HostMemory) -> None:
+    """Answer the whole queue, in one way after the other; weights as initialised."""
+    requests: list[Request] = json.loads(Path(spec["queue"]).read_text())
+    prepare(model)
+    ways: dict[str, Way] = {}
+    with contextlib.ExitStack() as stack:
+        for slots in spec["slots"]:
+            if not spec["refilled"]:
+                ways[f"{slots} in batches"] = functools.partial(batched, model, slots)
+                continue
+            # A model for each: the manager changes how it attends.
+            own = copy.deepcopy(model)
+            manager = stack.enter_context(managed(own, requests, slots))
+            ways[f"{slots} refilled"] = functools.partial(refilled, own, manager, slots)
+        serve_ways(ways, requests)
+
+
+def prepare(model: Any) -> Any:
+    """The model, which counts how often it is called and computes no loss."""
+    model.eval()
+    model.config.output_router_logits = False
+    model.calls = 0
+    model.register_forward_pre_hook(counted)
+    return model
+
+
+def counted(model: Any, _: Any) -> None:
+    """Before each call of a model."""
+    model.calls += 1
+
+
+def batched(model: Any, slots: int, requests: list[Request]) -> float:
+    """Answer batch by batch, each padded to its longest prompt and answer; the share of slot-steps that were wanted."""
+    model.calls = 0
+    batches = in_batches(requests, slots)
+    for batch in batches:
+        longest = max(len(tokens) for tokens, _ in batch)
+        padding = [longest - len(tokens) for tokens, _ in batch]
+        prompts = [[0] * pad + tokens for pad, (tokens, _) in zip(padding, batch, strict=True)]
+        seen = [[0] * pad + [1] * (longest - pad) for pad in padding]
+        most = max(most for _, most in batch)
+        answers = model.generate(
+            input_ids=torch.tensor(prompts, device=model.device),
+            attention_mask=torch.tensor(seen, device=model.device),
+            generation_config=greedy(most),
+        )
+        assert answers.shape[1] == longest + most
+    return sum(most - 1 for _, most in requests) / (slots * (model.calls - len(batches)))
+
+
+def managed(model: Any, requests: list[Request], slots: int) -> Any:
+    """The library's continuous batching, started; pages for as many of the longest requests as there are slots."""
+    page = 256
+    longest = max(len(tokens) + most for tokens, most in requests)
+    settings = transformers.ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=slots * -(-longest // page),
+        max_batch_tokens=512,
+        max_requests_per_batch=slots,
+        allow_block_sharing=False,
+    )
+    return model.continuous_batching_context_manager(
+        generation_config=greedy(longest), continuous_batching_config=settings, timeout=5
+    )
+
+
+def refilled(model: Any, manager: Any, slots: int, requests: list[Request]) -> float:
+    """Answer all with continuous batching, which reads prompts in the steps that make tokens."""
+    made: dict[str, int] = {}
+    model.calls = 0
+    wanted = {manager.add_request(tokens, max_new_tokens=most): most for tokens, most in requests}
+    while len(made) < len(wanted):
+        result = manager.get_result(timeout=1)
+        if result is None and not manager.is_running():
+            raise RuntimeError("transformers' continuous batching stopped")
+        if result is not None and result.is_finished():
+            made[result.request_id] = len(result.generated_tokens)
+    assert made == wanted
+    return sum(wanted.values()) / (slots * model.calls)
+
+
+def greedy(most: int) -> transformers.GenerationConfig:
+    """The likeliest token, exactly `most` times."""
+    return transformers.GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0)
 
 
 @torch.inference_mode()
@@ -40,7 +132,7 @@ def decode(model: Any, config: Config, spec: dict[str, Any], memory: HostMemory)
     prompts = np.resize(rows.reshape(-1, rows.shape[-1])[:, : spec["prompt"]], (spec["batch"], spec["prompt"])).astype(
         np.int64
     )
-    model.eval()
+    prepare(model)
     output = model(input_ids=torch.from_numpy(prompts).to(model.device), use_cache=True, logits_to_keep=1)
 
     def take() -> None:
