@@ -3,6 +3,7 @@
 docs/evaluation.md gives every task's prompt, files, extraction and scoring.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,16 @@ class Arguments:
 
     checkpoint: Path | None = None
     """Folder of a run, or of one of its checkpoints."""
-    tasks: str = PAPER
-    """Benchmarks, with commas between; also gsm8k_platinum, math500, mmlu_math_val, mathqa_dev."""
+    tasks: str = ""
+    """Benchmarks, with commas between: ppl, gsm8k, math, mmlu_math, mathqa (all of these by default), gsm8k_platinum,
+    math500, mmlu_math_val, mathqa_dev."""
     data: Path | None = None
     """Folder of the benchmarks' files: gsm8k/test.jsonl, math/test.jsonl, ... (docs/evaluation.md)."""
     text: tuple[Path, ...] = ()
-    """JSON-lines files for ppl, in place of those in the data folder. May be given several times."""
+    """JSON-lines files for ppl, in place of those in the data folder; without --tasks, for ppl alone. May be given
+    several times."""
     limit: int | None = None
-    """Questions of each task, of MMLU of each subject, from the beginning; all by default."""
+    """Questions of each part of a task (subject, category, form), from the beginning; all by default."""
     depth: tuple[int, ...] = ()
     """How many depths run; without it as many as in training. Given several times, a table and a plot compare them."""
     all: bool = False
@@ -88,6 +91,8 @@ def _check(arguments: Arguments) -> None:
             raise EvaluationError(
                 f"--{name.replace('_', '-')} {value}: must be at least {2 if name == 'context' else 1}"
             )
+    if sum(map(bool, (arguments.compare, arguments.gold, arguments.checkpoint))) > 1:
+        raise EvaluationError("--checkpoint, --compare and --gold are three commands: give one of them")
     if arguments.all and arguments.out:
         raise EvaluationError("--all writes beside each checkpoint: leave --out away")
     if len(arguments.depth) > 1 and arguments.out:
@@ -98,11 +103,16 @@ def chosen_tasks(arguments: Arguments) -> list["Task"]:
     """The tasks of --tasks, ppl with the files of --text."""
     from dreamer_jax.evaluation.benchmarks.perplexity import PerplexityTask
     from dreamer_jax.evaluation.benchmarks.tasks import named
+    from dreamer_jax.evaluation.requests import EvaluationError
 
-    tasks = named([name.strip() for name in arguments.tasks.split(",") if name.strip()])
+    given = arguments.tasks or ("ppl" if arguments.text else PAPER)
+    tasks = named([name.strip() for name in given.split(",") if name.strip()])
     if not arguments.text:
         return tasks
-    return [PerplexityTask(arguments.text) if isinstance(task, PerplexityTask) else task for task in tasks]
+    if not any(isinstance(task, PerplexityTask) for task in tasks):
+        raise EvaluationError("--text is read by ppl, which --tasks leaves out")
+    texts = PerplexityTask(tuple(path.expanduser() for path in arguments.text))
+    return [texts if isinstance(task, PerplexityTask) else task for task in tasks]
 
 
 def evaluate(arguments: Arguments) -> int:
@@ -116,14 +126,16 @@ def evaluate(arguments: Arguments) -> int:
         task.questions(root)
     settings = Settings(arguments.batch, arguments.context, arguments.stride, arguments.expert_devices, arguments.seed)
     paths = all_checkpoints(run_folder(arguments.checkpoint)) if arguments.all else [arguments.checkpoint]
+    folders = []
     for path in paths:
         asked = candidate(path)
-        for depth in arguments.depth or (None,):
-            evaluate_at(asked, depth, tasks, root, settings, arguments)
+        folders += [evaluate_at(asked, d, tasks, root, settings, arguments) for d in arguments.depth or (None,)]
+        del asked  # before the next one is loaded
     run = run_folder(arguments.checkpoint)
     if len(arguments.depth) > 1:
-        print(write_depths(run, run / "evaluation"))
-    print(f"next: python -m dreamer_jax.evaluate --compare {run} --compare ANOTHER_RUN")
+        print(write_depths(folders, [task.name for task in tasks], run / "evaluation"))
+    given = shlex.quote(str(arguments.out or run))
+    print(f"next: python -m dreamer_jax.evaluate --compare {given} --compare ANOTHER")
     return 0
 
 
@@ -134,8 +146,8 @@ def evaluate_at(
     root: Path,
     settings: "Settings",
     arguments: Arguments,
-) -> None:
-    """Ask one checkpoint at one depth, and print and write the scores."""
+) -> Path:
+    """Ask one checkpoint at one depth, print and write the scores; the folder that they are in."""
     from dreamer_jax.evaluation.evaluation import Evaluation
 
     folder = arguments.out.expanduser() if arguments.out else asked.results(depth)
@@ -145,9 +157,10 @@ def evaluate_at(
     print(f"{subject.run}, step {subject.step}, depth {subject.depth} of {subject.trained_depth}", flush=True)
     for task in tasks:
         with _Progress(task.name) as progress:
-            scores = evaluation.run(task, root, respondent.respond, limit=arguments.limit, progress=progress.at)
+            scores = evaluation.run(task, root, respondent, limit=arguments.limit, progress=progress.at)
         print(report(task, scores), flush=True)
     print(f"wrote {folder}: scores.json, items.jsonl")
+    return folder
 
 
 class _Progress:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dreamer_jax.evaluation.benchmarks.tasks import prompts_hash
 from dreamer_jax.evaluation.comparison.statistics import Estimate, mean_interval
@@ -32,11 +32,23 @@ ITEMS, SCORES = "items.jsonl", "scores.json"
 KINDS: dict[str, type[Generated] | type[Likelihoods] | type[Reading]] = {
     kind.__name__: kind for kind in (Generated, Likelihoods, Reading)
 }
-Respond = Callable[[Sequence[Request]], Iterator[tuple[int, Outcome]]]
-"""(number of the request, its outcome) of each, as they are ready."""
 Record = dict[str, Any]
 Key = tuple[str, str]
 """(task, id of the item)."""
+
+
+UNREADABLE = "left out: the tokenizer does not know a character"
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What is evaluated; a `Respondent`."""
+
+    def can_read(self, request: Request) -> bool:
+        """Whether it has tokens for all of a request."""
+
+    def respond(self, requests: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
+        """(number of the request, its outcome) of each, as they are ready."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +96,22 @@ class Evaluation:
             _check_same(folder, found, subject)
             evaluation.tasks = found["tasks"]
             evaluation.records = {(r["task"], r["id"]): r for r in read_records(folder / ITEMS)}
+        elif (folder / ITEMS).is_file():
+            raise EvaluationError(f"'{folder}' has {ITEMS} and no {SCORES}, which says of what; move it away")
         folder.mkdir(parents=True, exist_ok=True)
         evaluation._write_items()  # without a line that was cut off
         evaluation._write_scores()
         return evaluation
 
     def run(
-        self, task: Task, root: Path, respond: Respond, *, limit: int | None, progress: Callable[[int, int], None]
+        self, task: Task, root: Path, model: Model, *, limit: int | None, progress: Callable[[int, int], None]
     ) -> Record:
         """Evaluate one task and write what came of it; outcomes that are there already are not asked for again.
 
         Args:
             task: the benchmark.
             root: folder of the benchmarks' files.
-            respond: the model.
+            model: what is evaluated.
             limit: questions of each part of the task, from the beginning; all if None.
             progress: told of (requests that are done, all of them), first of those that were done before.
 
@@ -105,20 +119,23 @@ class Evaluation:
             EvaluationError: a file is missing or damaged, or no question is left.
         """
         questions = task.questions(root)
-        items = limited(questions.items, limit)
+        given = limited(questions.items, limit)
+        items = [item for item in given if model.can_read(item.request)]
+        notes = questions.notes | ({UNREADABLE: len(given) - len(items)} if len(given) > len(items) else {})
         if not items:
-            raise EvaluationError(f"{task.name}: there is no question ({dict(questions.notes) or 'no row'})")
+            raise EvaluationError(f"{task.name}: there is no question ({notes or 'no row'})")
         self.tasks.pop(task.name, None)  # incomplete until it is judged
         self._write_scores()
-        self._ask(task, items, respond, progress)
+        self._ask(task, items, model, progress)
         self._forget_scores(task)  # an earlier limit may have been larger
         found = [self.records[task.name, item.id] for item in items]
         verdicts = list(task.verdicts(items, [outcome_of(record) for record in found]))
-        for record, verdict in zip(found, verdicts, strict=True):
+        for item, record, verdict in zip(items, found, verdicts, strict=True):
+            record |= {"group": item.group, "gold": item.gold}
             record |= {"scores": verdict.scores, "extracted": verdict.extracted}
         self.tasks[task.name] = summary(task, items, verdicts) | {
             "prompts": prompts_hash(items),
-            "notes": questions.notes | counted(found),
+            "notes": notes | counted(found),
             "limit": limit,
             "complete": True,
         }
@@ -126,11 +143,11 @@ class Evaluation:
         self._write_scores()
         return self.tasks[task.name]
 
-    def _ask(self, task: Task, items: Sequence[Item], respond: Respond, progress: Callable[[int, int], None]) -> None:
+    def _ask(self, task: Task, items: Sequence[Item], model: Model, progress: Callable[[int, int], None]) -> None:
         missing = [item for item in items if not self._answered(task, item)]
         progress(len(items) - len(missing), len(items))
         with (self.folder / ITEMS).open("a", encoding="utf-8") as file:
-            for done, (number, outcome) in enumerate(respond([item.request for item in missing]), 1):
+            for done, (number, outcome) in enumerate(model.respond([item.request for item in missing]), 1):
                 record = record_of(task.name, missing[number], outcome)
                 self.records[task.name, missing[number].id] = record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -157,11 +174,11 @@ class Evaluation:
 
 
 def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """The first `limit` items of each part of a task: what stands in front of the last '/' of their ids."""
-    taken: dict[str, int] = defaultdict(int)
+    """The first `limit` items of each part of a task: of each group and form (what ids have before their last '/')."""
+    taken: dict[Key, int] = defaultdict(int)
     kept = []
     for item in items:
-        part = item.id.rpartition("/")[0]
+        part = item.id.rpartition("/")[0], item.group
         taken[part] += 1
         if limit is None or taken[part] <= limit:
             kept.append(item)
@@ -261,9 +278,10 @@ def _finite(value: float) -> float | None:
 def _read_scores(path: Path) -> Record:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(found["tasks"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise EvaluationError(f"{path} is damaged; delete its folder to evaluate again") from error
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
+        raise EvaluationError(f"{path} is damaged; delete its folder to evaluate again")
     if found.get("format") != FORMAT:
         raise EvaluationError(
             f"{path} has format {found.get('format')}, this program writes {FORMAT}; choose another --out"

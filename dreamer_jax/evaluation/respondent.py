@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dreamer_jax.data.tokenizer import Tokenizer
+from dreamer_jax.data.tokenizer import Tokenizer, UnknownCharacter
 from dreamer_jax.evaluation.requests import (
     Choose,
     EvaluationError,
@@ -17,7 +17,7 @@ from dreamer_jax.evaluation.requests import (
     Request,
 )
 from dreamer_jax.inference.decoder import Decoder
-from dreamer_jax.inference.engine import Answer, Engine, Prompt, rows_needed
+from dreamer_jax.inference.engine import Engine, Prompt, rows_needed
 from dreamer_jax.inference.likelihood import Options, option_likelihoods, text_likelihoods
 from dreamer_jax.inference.sample import Sampling
 from dreamer_jax.inference.text import TextStream
@@ -40,6 +40,22 @@ class Respondent:
     """Tokens by which the window moves over a text longer than the context; half a context if None."""
     seed: int = 0
     """Of everything that is drawn."""
+
+    def can_read(self, request: Request) -> bool:
+        """Whether the tokenizer knows all characters of a request."""
+        match request:
+            case Generate():
+                texts = [request.prompt]
+            case Choose():
+                texts = [request.context, *request.options]
+            case Read():
+                texts = [request.text]
+        try:
+            for text in texts:
+                self.tokenizer.encode(text)
+        except UnknownCharacter:
+            return False
+        return True
 
     def respond(self, requests: Sequence[Request], sampling: Sampling = GREEDY) -> Iterator[tuple[int, Outcome]]:
         """(number of the request, its outcome), as they are ready.
@@ -76,8 +92,10 @@ class Respondent:
         )
         for answer in engine.answers(prompts, on_token=on_token):
             number = order[answer.number]
-            texts[answer.number] += streams[answer.number].finish()
-            yield number, _generated(answer, texts[answer.number], ended[answer.number], cut=fits[number][1])
+            stream = streams[answer.number]
+            text = texts[answer.number] + stream.finish()
+            finished = ended[answer.number] or stream.ended
+            yield number, Generated(text, tokens=len(answer.tokens), finished=finished, cut=fits[number][1])
 
     def _chosen(self, requests: dict[int, Choose]) -> Iterator[tuple[int, Outcome]]:
         options = {number: self._fitted_options(request) for number, request in requests.items()}
@@ -143,9 +161,5 @@ def split_options(tokenizer: Tokenizer, request: Choose) -> tuple[list[int], lis
     options = [tokenizer.encode(context + space + option)[len(prefix) :] for option in request.options]
     for option, tokens in zip(request.options, options, strict=True):
         if not tokens:
-            raise EvaluationError(f"the option {option!r} adds no token to its context; leave the question out")
+            raise EvaluationError(f"the option {option!r} adds no token to its context")
     return prefix, options
-
-
-def _generated(answer: Answer, text: str, ended: bool, *, cut: bool) -> Generated:
-    return Generated(text, tokens=len(answer.tokens), finished=ended, cut=cut)

@@ -1,6 +1,7 @@
 """Benchmarks along a training: a small slice of them, asked of the model as it is."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dreamer_jax.config import TrainConfig, user_path
@@ -44,13 +45,24 @@ class Benchmarks:
         tokenizer = load_tokenizer(snapshot.tokenizer, config.data.special_tokens)
         respondent = Respondent(decoder, tokenizer, config.data.context)
         record: Record = {}
-        for task, items in self.asked:
-            outcomes: list[Outcome | None] = [None] * len(items)
-            for number, outcome in respondent.respond([item.request for item in items]):
-                outcomes[number] = outcome
-            verdicts = list(task.verdicts(items, [outcome for outcome in outcomes if outcome is not None]))
+        # First everything that all processes compute together, then what each does alone, and what may fail in one.
+        answered = [(task, *_answered(respondent, items, snapshot.beat)) for task, items in self.asked]
+        for task, items, outcomes in answered:
+            verdicts = list(task.verdicts(items, outcomes))
             for name, estimate in estimates(task, verdicts).items():
                 record |= {f"evaluate/{task.name}/{name}": estimate.value}
                 ends = {"low": estimate.low, "high": estimate.high}
                 record |= {f"evaluate/{task.name}/{name}_{end}": x for end, x in ends.items() if math.isfinite(x)}
         return record
+
+
+def _answered(
+    respondent: Respondent, items: Sequence[Item], beat: Callable[[], None]
+) -> tuple[list[Item], list[Outcome]]:
+    """The items that the model can read, and what it says to them."""
+    asked = [item for item in items if respondent.can_read(item.request)]
+    outcomes: dict[int, Outcome] = {}
+    for number, outcome in respondent.respond([item.request for item in asked]):
+        outcomes[number] = outcome
+        beat()
+    return asked, [outcomes[number] for number in range(len(asked))]

@@ -27,7 +27,7 @@ from dreamer_jax.sharding import AXES, tree_shardings, tree_specs, varying
 ROWS = P(AXES)
 """Arrays whose first axis are sequences: each device has its own."""
 CACHES = P(None, AXES)
-"""Caches begin with the axes [depth, sequence]."""
+"""The axes of caches are [depth, sequence, ..., rows, size]."""
 
 
 @jax.tree_util.register_dataclass

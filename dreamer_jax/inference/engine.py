@@ -322,10 +322,12 @@ def _insert(
     """The slots with prompts read into some of them; the newest token of every slot."""
 
     def insert(decoder, seed, slots, tokens, lengths, where, draws):
-        logits, caches = read_prompts(decoder, empty_caches(decoder, len(tokens), rows), tokens, lengths)
+        size = tokens.shape[1]
+        logits, caches = read_prompts(decoder, empty_caches(decoder, len(tokens), size), tokens, lengths)
         first = choose(logits, draws, lengths, seed)
+        # Rows after the prompts keep what others left there: nothing sees them before they are written.
         memories = jax.tree.map(
-            lambda old, new: old.at[:, where].set(new, mode="drop"), slots.memories, caches.memories
+            lambda old, new: old.at[:, where, ..., :size, :].set(new, mode="drop"), slots.memories, caches.memories
         )
         others = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), slots[1:], (first, lengths, draws))
         return Slots(memories, *others)

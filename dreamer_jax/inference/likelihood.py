@@ -58,7 +58,7 @@ class Window(NamedTuple):
 def option_likelihoods(
     decoder: Decoder, requests: Sequence[Options], *, batch: int = 8
 ) -> Iterator[tuple[int, list[Likelihood]]]:
-    """(number of the request, the likelihood of each of its options), `batch` requests at a time.
+    """(number of the request, the likelihood of each of its options), about `batch` options at a time.
 
     Requests of similar sizes go together, so that little is padded and few shapes are compiled; so they do not come
     back in their order.
@@ -69,15 +69,15 @@ def option_likelihoods(
     """
     for number, request in enumerate(requests):
         _check(decoder, number, request)
-    several = max((len(request.options) for request in requests), default=0)
-    order = sorted(range(len(requests)), key=lambda i: (_option_size(requests[i]), len(requests[i].prefix)))
-    batch = -(-batch // decoder.parts) * decoder.parts
+    shapes = [(len(request.options), _option_size(request)) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (shapes[i], len(requests[i].prefix)))
     while order:
-        size = _option_size(requests[order[0]])
-        alike = [i for i in order[:batch] if _option_size(requests[i]) == size]
+        several, size = shapes[order[0]]
+        rows = max(1, batch // several // decoder.parts) * decoder.parts
+        alike = [i for i in order[:rows] if shapes[i] == (several, size)]
         order = order[len(alike) :]
         longest = prompt_size(max(len(requests[i].prefix) for i in alike))
-        arrays = _option_arrays([requests[i] for i in alike], batch, longest, several, size)
+        arrays = _option_arrays([requests[i] for i in alike], rows, longest, several, size)
         nats, greedy = jax.device_get(_option_nats(decoder, *arrays))
         for row, i in enumerate(alike):
             of_option = zip(requests[i].options, nats[row], greedy[row], strict=False)

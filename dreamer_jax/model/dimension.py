@@ -90,6 +90,6 @@ class Dimension(nnx.Module):
     def cache(self, depth: int, batch: int, rows: int, dtype: DTypeLike) -> Any:
         """An empty cache for `batch` sequences of at most `rows` tokens; None without such a memory.
 
-        Its arrays begin with the axes [depth, batch].
+        The axes of its arrays are [depth, batch, ..., rows, size].
         """
         return None

@@ -78,6 +78,8 @@ class Snapshot(NamedTuple):
     mesh: Mesh
     tokenizer: Path
     """The tokenizer's file."""
+    beat: Callable[[], None]
+    """To be called now and then: a sign of life."""
 
 
 Look = Callable[[Snapshot], metrics.Record]
@@ -126,6 +128,8 @@ def train(config: Config, group: Group | None = None, look: Look | None = None) 
             checkpoints.wait()
             if not stopped_by:
                 checkpoints.prune()
+                if look and config.train.evaluate_every and step > start.step:
+                    run.evaluate(state, step)
     # One device: kernels do not run on arrays spread over several outside of shard_map.
     params, biases = sharding.on_one_device(mesh, (state.params, state.biases))
     model = nnx.merge(graph, params, biases)
@@ -216,7 +220,7 @@ class _Run:
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
         self.train_step = self.together(make_train_step(self.config, compute, self.mesh, self.graph))
-        self.evaluation = self.together(make_evaluation(self.config, compute, self.mesh, self.graph))
+        self.held_out_loss = self.together(make_evaluation(self.config, compute, self.mesh, self.graph))
         self.last_loss: float | None = None
         self.last_read, self.bad = self.start.step, 0
         self.reporter = _Reporter(self.config, self.mesh.size)
@@ -248,10 +252,10 @@ class _Run:
                 self.validate(state, step)
             if self._saves(step):
                 self.save(state, step)
-            if self._evaluates(step):
-                self.evaluate(state, step)
             if self.agreement.stop() or step == self.config.train.steps:
                 break
+            if self._evaluates(step):
+                self.evaluate(state, step)
         if pending:
             self.read(*pending)
             self.check_divergence(state)
@@ -356,7 +360,7 @@ class _Run:
         started = time.monotonic()
         self.group.beat(f"the validation of step {step}", slow=True)
         for batch in self.batches("validation"):
-            loss, positions = self.evaluation(state.params, state.biases, batch)
+            loss, positions = self.held_out_loss(state.params, state.biases, batch)
             total, count = total + float(loss), count + float(positions)
         self.reporter.pause(time.monotonic() - started)
         self.group.beat(f"step {step + 1}")
@@ -367,12 +371,23 @@ class _Run:
         return total / count
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Let benchmarks look at the model; the time that it takes does not count as training."""
+        """Let benchmarks look at the model; the time that it takes does not count as training.
+
+        What keeps them from it does not end the training.
+        """
         assert self.look
         started = time.monotonic()
-        self.group.beat(f"the evaluation of step {step}", slow=True)
+
+        def beat() -> None:
+            self.group.beat(f"the evaluation of step {step}", slow=True)
+
+        beat()
         model = nnx.merge(self.graph, state.params, state.biases)
-        self.sinks.write(step, self.look(Snapshot(self.config, model, self.mesh, self.prepared.tokenizer)))
+        try:
+            record = self.look(Snapshot(self.config, model, self.mesh, self.prepared.tokenizer, beat))
+            self.sinks.write(step, record)
+        except DreamerError as error:
+            self.sinks.say(f"step {step}: not evaluated: {error}")
         self.reporter.pause(time.monotonic() - started)
         self.group.beat(f"step {step + 1}")
 
@@ -402,7 +417,7 @@ class _Run:
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.train.evaluate_every
-        return self.look is not None and every > 0 and (step % every == 0 or step == self.config.train.steps)
+        return self.look is not None and every > 0 and step % every == 0
 
     def _validates(self, step: int) -> bool:
         every = self.config.train.validate_every

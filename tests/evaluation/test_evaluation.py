@@ -55,7 +55,10 @@ class Model:
     def __init__(self, breaks_after=None):
         self.asked, self.breaks_after = [], breaks_after
 
-    def __call__(self, requests):
+    def can_read(self, request):
+        return not isinstance(request, Generate) or "9" not in request.prompt
+
+    def respond(self, requests):
         for number, request in reversed(list(enumerate(requests))):
             if len(self.asked) == self.breaks_after:
                 raise KeyboardInterrupt
@@ -157,6 +160,29 @@ def test_damaged_results_are_named(tmp_path):
     (tmp_path / "e" / "scores.json").write_text("[]")
     with pytest.raises(EvaluationError, match=r"scores\.json is damaged"):
         run(tmp_path / "e")
+
+
+def test_questions_that_the_tokenizer_cannot_read_are_left_out_and_counted(tmp_path):
+    scores, _ = run(tmp_path / "e", task=Sums(rows=10))
+    task = scores["tasks"]["sums"]
+    assert (task["metrics"]["right"]["n"], task["metrics"]["chosen"]["n"]) == (9, 10)
+    assert task["notes"]["left out: the tokenizer does not know a character"] == 1
+
+
+def test_answers_whose_scores_were_lost_are_not_thrown_away(tmp_path):
+    run(tmp_path / "e")
+    items = (tmp_path / "e" / "items.jsonl").read_text()
+    (tmp_path / "e" / "scores.json").unlink()
+    with pytest.raises(EvaluationError, match=r"has items\.jsonl and no scores\.json"):
+        run(tmp_path / "e")
+    assert (tmp_path / "e" / "items.jsonl").read_text() == items
+
+
+def test_a_lower_limit_leaves_no_scores_of_items_that_it_leaves_out(tmp_path):
+    run(tmp_path / "e")
+    run(tmp_path / "e", limit=2)
+    records = read_records(tmp_path / "e" / "items.jsonl")
+    assert (len(records), sum("scores" in record for record in records)) == (8, 4)
 
 
 def test_a_task_without_questions_has_no_score(tmp_path):

@@ -117,6 +117,14 @@ def test_a_library_that_cannot_be_trusted_is_made_anew(cache, damage):
     assert [rights(path) for path in cache.files] == [0o600, 0o600]
 
 
+def test_a_library_is_never_taken_for_one_that_was_loaded_before(cache, tmp_path):
+    cache.get()
+    first = library._loaded()
+    halved(*cache.files)  # its pages are gone: to look up a name in it would end the process
+    cache.get()
+    assert library._loaded()._handle != first._handle
+
+
 @pytest.mark.parametrize("umask", [0, 0o777])
 def test_files_and_folders_are_the_users_alone(cache, umask):
     cache.root.mkdir()

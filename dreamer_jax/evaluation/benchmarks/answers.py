@@ -106,12 +106,22 @@ NUMBER = re.compile(
 )
 
 
+SIGN = re.compile(r"(?:^|[^\w)\]}])-$")
+"""A minus at the end that is not that of a difference."""
+
+
 def _plain_numbers(text: str) -> str:
     """The text without the marks of a calculator and of LaTeX in its numbers."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[!,]|[\u00a0\u2009\u202f])\s*(?=\d{3})", "", CALCULATOR_MARK.sub("", text))
     text = text.translate(SAME_CHARACTERS)
-    text = re.sub(r"\\[dtc]?frac\s*\{\s*(-?)\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1\2/\3", text)
+    text = re.sub(r"\\[dtc]?frac\s*\{\s*(-?)\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", _fraction, text)
     return re.sub(r"\\(?:times|cdot|div)(?![A-Za-z])", "*", text).replace(r"\$", "$")
+
+
+def _fraction(found: re.Match[str]) -> str:
+    """1/2 for LaTeX's; apart from a number in front of it, and not from a sign."""
+    space = "" if SIGN.search(found.string[max(0, found.start() - 2) : found.start()]) else " "
+    return f"{space}{found[1]}{found[2]}/{found[3]}"
 
 
 def _places(text: str) -> Iterator[str]:

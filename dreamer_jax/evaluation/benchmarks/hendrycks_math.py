@@ -9,7 +9,7 @@ from typing import Any
 from dreamer_jax.data.sources import render_prompt
 from dreamer_jax.evaluation.benchmarks.answers import math_answer, normalised
 from dreamer_jax.evaluation.benchmarks.rows import Row, read_rows
-from dreamer_jax.evaluation.benchmarks.verification import Comparison, compare
+from dreamer_jax.evaluation.benchmarks.verification import Comparison, check_installed, compare
 from dreamer_jax.evaluation.requests import Generate, Generated, Item, Metric, Outcome, Questions, Task, Verdict
 
 STOPS = ("Question:", "Problem:", "</s>", "<|im_end|>")
@@ -36,6 +36,7 @@ class Math(Task):
 
     def questions(self, root: Path) -> Questions:
         """An item for each row, named by its number and grouped by subject; problems are stripped, as for training."""
+        check_installed()  # before answers are asked for that nobody could judge
         items: list[Item] = []
         notes: Counter[str] = Counter()
         for number, row in enumerate(read_rows(root, [self.place], ["problem", "solution"])):

@@ -49,6 +49,12 @@ def compare(pairs: Sequence[tuple[str, str]], *, seconds: float = SECONDS) -> li
         return workers.compare(pairs)
 
 
+def check_installed() -> None:
+    """Raise EvaluationError if math-verify is not there."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise EvaluationError("math-verify is not installed; install it with: pip install 'dreamer-jax[eval]'")
+
+
 def default_workers() -> int:
     """A few, and no more than there are cores."""
     return min(4, os.cpu_count() or 1)
@@ -71,8 +77,7 @@ class Workers:
         Raises:
             EvaluationError: math-verify is not installed.
         """
-        if importlib.util.find_spec("math_verify") is None:
-            raise EvaluationError("math-verify is not installed; install it with: pip install 'dreamer-jax[eval]'")
+        check_installed()
         self._seconds = seconds
         self._command = [sys.executable, "-P", str(program), str(memory)]
         self._workers: list[_Worker] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from dreamer_jax.evaluation.comparison.figures import Panel, against_depth, figure_3, save
 from dreamer_jax.evaluation.comparison.panels import accuracy_panels, depth_panels
 from dreamer_jax.evaluation.comparison.record import record
-from dreamer_jax.evaluation.comparison.results import read_runs
+from dreamer_jax.evaluation.comparison.results import at_depths, read_runs
 from dreamer_jax.evaluation.comparison.side_by_side import compared, depth_columns
 from dreamer_jax.evaluation.comparison.tables import depth_table, legend, markdown
 from dreamer_jax.evaluation.requests import EvaluationError
@@ -41,13 +41,12 @@ def compare(runs: Sequence[Path], out: Path, baseline: Path | None = None) -> st
     return f"{text}\ntables: {tables}, {tables.with_suffix('.json')}\n{drawn}"
 
 
-def write_depths(run: Path, out: Path) -> str:
-    """Write depth.md and a figure of one run's scores by depth into `out`, a folder that is made if need be.
-
-    They are of the newest checkpoint that was evaluated at several depths.
+def write_depths(folders: Sequence[Path], tasks: Sequence[str], out: Path) -> str:
+    """Write depth.md and a figure of one checkpoint's scores by depth into `out`, a folder that is made if need be.
 
     Args:
-        run: folder of a run that has been evaluated.
+        folders: evaluations of one run; of several checkpoints, the newest counts.
+        tasks: those that were asked at all of these depths.
         out: where to write.
 
     Returns:
@@ -56,7 +55,7 @@ def write_depths(run: Path, out: Path) -> str:
     Raises:
         EvaluationError: an evaluation is absent, broken or unfinished, or two of them asked different things.
     """
-    [found] = read_runs([run])
+    found = at_depths(folders, tasks)
     text = f"# {found.label} by depth\n\n{legend(depth_columns(found))}\n\n{depth_table(found)}\n"
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "depth.md", text)

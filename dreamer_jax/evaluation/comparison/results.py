@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ class TaskResult:
     prompts: str
     """Hash of all that the model was asked."""
     limit: int | None
+    reading: tuple[int | None, int | None]
+    """(tokens of the context, stride of the window over longer texts); the stride is None for half a context."""
     complete: bool
 
     @property
@@ -109,6 +111,17 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
     )
 
 
+def at_depths(folders: Sequence[Path], tasks: Sequence[str]) -> Run:
+    """Evaluations of one run at several depths as a run of their own, with these tasks alone.
+
+    Raises:
+        EvaluationError: one of them is broken.
+    """
+    found = [_results(folder) for folder in folders]
+    results = tuple(replace(r, tasks={name: r.tasks[name] for name in tasks if name in r.tasks}) for r in found)
+    return Run(results[-1].run, folders[-1], results, results)
+
+
 def read_items(folder: Path) -> Items:
     """The scores of an evaluation's items: of those that have some, as the items of unfinished tasks have not.
 
@@ -138,7 +151,7 @@ def read_items(folder: Path) -> Items:
 def evaluate_command(path: Path) -> str:
     """What makes the evaluations of a run, or of the run that a folder of an evaluation lies in."""
     run = path.parent.parent if path.parent.name == "evaluation" else path
-    return f"python -m dreamer_jax.evaluate --checkpoint {shlex.quote(str(run))} --all"
+    return f"python -m dreamer_jax.evaluate --checkpoint {shlex.quote(str(run))} --data ROOT --all"
 
 
 def evaluate_again(folder: Path) -> str:
@@ -180,11 +193,14 @@ def _results(folder: Path) -> Results:
         trained_depth=_get(scores, "trained_depth", int, path),
         variant=_get(scores, "variant", str, path),
         parameters=_get(scores, "parameters", int, path),
-        tasks={name: _task_result(task, name, path) for name, task in _get(scores, "tasks", dict, path).items()},
+        tasks={
+            name: _task_result(task, name, path, (scores.get("context"), scores.get("stride")))
+            for name, task in _get(scores, "tasks", dict, path).items()
+        },
     )
 
 
-def _task_result(task: Any, name: str, path: Path) -> TaskResult:
+def _task_result(task: Any, name: str, path: Path, reading: tuple[int | None, int | None]) -> TaskResult:
     where = f"tasks.{name}"
     metrics = _get(task, "metrics", dict, path, where)
     if not metrics:
@@ -195,6 +211,7 @@ def _task_result(task: Any, name: str, path: Path) -> TaskResult:
         chance=next(iter(metrics.values())).get("chance"),
         prompts=_get(task, "prompts", str, path, where),
         limit=None if limit is None else _get(task, "limit", int, path, where),
+        reading=reading,
         complete=_get(task, "complete", bool, path, where),
     )
 

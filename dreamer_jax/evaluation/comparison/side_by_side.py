@@ -193,6 +193,9 @@ def _apart(a: TaskResult, b: TaskResult) -> str:
         return f"the limits of questions differ ({a.limit or 'none'} and {b.limit or 'none'})"
     if a.prompts != b.prompts:
         return f"the prompts differ (hashes {a.prompts[:12]} and {b.prompts[:12]})"
+    if a.reading != b.reading:
+        context, stride = zip(a.reading, b.reading, strict=True)
+        return f"context and stride differ ({context[0]}, {stride[0]} and {context[1]}, {stride[1]})"
     return f"the metrics differ ({a.metric} and {b.metric})" if a.metric != b.metric else ""
 
 

@@ -157,7 +157,11 @@ def _of_cache(path: Path) -> ctypes.CDLL | None:
                 os.utime(library)  # both are in use
                 os.utime(digest)
         here = f"/proc/self/fd/{library}"  # what was read, whatever the name means by now
-        return ctypes.CDLL(here if os.path.exists(here) else str(path))
+        loaded = ctypes.CDLL(here if os.path.exists(here) else str(path))
+        library = (
+            None  # stays open: the loader takes a name that it knows, such as a number used again, for the old one
+        )
+        return loaded
     finally:
         for descriptor in (library, digest):
             if descriptor is not None:

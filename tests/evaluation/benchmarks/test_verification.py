@@ -165,8 +165,10 @@ def test_no_process_is_left_behind(program: Path) -> None:
 
 def test_an_interrupt_from_the_keyboard_leaves_no_process_behind(program: Path) -> None:
     script = f"""
+import signal
 from pathlib import Path
 from dreamer_jax.evaluation.benchmarks.verification import Workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore
 with Workers(2, program=Path({str(program)!r})) as workers:
     workers.compare([("run", "time.sleep(600)")] * 4)
 """

@@ -15,6 +15,12 @@ from tests.evaluation.comparison.folders import (
 )
 
 
+def depths_of(run):
+    """(all evaluations of a run, the tasks of the last)."""
+    folders = sorted((run / "evaluation").iterdir())
+    return folders, list(json.loads((folders[-1] / "scores.json").read_text())["tasks"])
+
+
 def test_another_baseline_can_be_named(runs, tmp_path):
     text = compare(runs, tmp_path / "out", baseline=runs[1])
     assert "Baseline: dr." in text
@@ -61,7 +67,7 @@ def deep(tmp_path):
 def test_the_depths_of_one_run_are_written(deep):
     pytest.importorskip("matplotlib", reason="the extra 'figures' is not installed")
     out = deep / "evaluation"
-    text = write_depths(deep, out)
+    text = write_depths(*depths_of(deep), out)
     written = {path.name for path in out.iterdir() if path.is_file()}
     assert written == {"depth.md", "depth.png", "depth.svg"}
     assert all(str(out / name) in text for name in written)
@@ -79,11 +85,11 @@ def test_the_depths_of_one_run_are_written(deep):
 def test_depths_without_that_of_training_are_written_too(tmp_path):
     for depth in (8, 32):
         path = evaluate(tmp_path, "dr", 400, {"gsm8k": task(depth // 2)}, depth=depth)
-    assert "(trained)" not in write_depths(path, tmp_path / "out")
+    assert "(trained)" not in write_depths(*depths_of(path), tmp_path / "out")
 
 
 def test_without_matplotlib_the_table_of_depths_is_written(deep, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = write_depths(deep, tmp_path / "out")
+    text = write_depths(*depths_of(deep), tmp_path / "out")
     assert text.endswith("no figures: figures need matplotlib: pip install 'dreamer-jax[figures]'\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["depth.md"]

@@ -22,7 +22,7 @@ def test_a_run_that_was_not_evaluated_is_told_how(runs, tmp_path):
     path = tmp_path / "my run"
     path.mkdir()
     assert refused(runs[0], path) == (
-        f"'{path}' has no evaluation; make it: python -m dreamer_jax.evaluate --checkpoint '{path}' --all"
+        f"'{path}' has no evaluation; make it: python -m dreamer_jax.evaluate --checkpoint '{path}' --data ROOT --all"
     )
     assert refused(runs[0], tmp_path / "absent").startswith(f"'{tmp_path / 'absent'}' is not a folder")
 

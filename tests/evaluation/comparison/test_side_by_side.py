@@ -1,12 +1,22 @@
 """Runs are compared question by question, and only where they were asked the same."""
 
+import json
 import math
 
 import pytest
 
 from dreamer_jax.evaluation.comparison.record import record
 from dreamer_jax.evaluation.requests import EvaluationError
-from tests.evaluation.comparison.folders import QUESTIONS, compared_paths, efficiencies, evaluate, refused, task, train
+from tests.evaluation.comparison.folders import (
+    QUESTIONS,
+    compared_paths,
+    efficiencies,
+    evaluate,
+    perplexity,
+    refused,
+    task,
+    train,
+)
 
 
 def test_data_efficiency_is_the_baselines_tokens_over_those_of_the_run(runs):
@@ -137,3 +147,12 @@ def test_an_item_without_the_score_is_named(runs):
     file = runs[1] / "evaluation" / "400" / "items.jsonl"
     file.write_text(file.read_text().replace("tokens", "other"))
     assert f"'{file}': an item has no score 'tokens'" in refused(*runs)
+
+
+def test_evaluations_with_another_context_or_stride_are_not_compared(tmp_path):
+    path = evaluate(tmp_path, "a", 1, {"ppl": perplexity(6.0)})
+    other = evaluate(tmp_path, "b", 1, {"ppl": perplexity(6.0)})
+    file = other / "evaluation" / "1" / "scores.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"context": 8, "stride": 1}))
+    with pytest.raises(EvaluationError, match="ppl cannot be compared, for context and stride differ"):
+        compared_paths(path, other)
