@@ -158,9 +158,7 @@ def _of_cache(path: Path) -> ctypes.CDLL | None:
                 os.utime(digest)
         here = f"/proc/self/fd/{library}"  # what was read, whatever the name means by now
         loaded = ctypes.CDLL(here if os.path.exists(here) else str(path))
-        library = (
-            None  # stays open: the loader takes a name that it knows, such as a number used again, for the old one
-        )
+        library = None  # stays open: of a number that is used again, the loader would take the library of before
         return loaded
     finally:
         for descriptor in (library, digest):
