@@ -222,7 +222,8 @@ def check_scorers(arguments: Arguments) -> int:
         for name in found.gold:
             wrong = found.exceptions.get(name, [])
             tail = f", not: {', '.join(wrong[:20])}{' ...' if len(wrong) > 20 else ''}" if wrong else ""
-            print(f"  {name:16} gold {found.gold[name]:.4f}, shuffled {found.shuffled[name]:.4f}{tail}")
+            shuffled = f", shuffled {found.shuffled[name]:.4f}" if name in found.shuffled else ""
+            print(f"  {name:16} gold {found.gold[name]:.4f}{shuffled}{tail}")
         for what, count in found.notes.items():
             print(f"  {count} {what}")
     return 0

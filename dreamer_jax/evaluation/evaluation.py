@@ -137,7 +137,6 @@ class Evaluation:
             "prompts": prompts_hash(items),
             "notes": notes | counted(found),
             "limit": limit,
-            "complete": True,
         }
         self._write_items()
         self._write_scores()

@@ -28,7 +28,7 @@ class GoldCheck:
     gold: dict[str, float]
     """The mean of each metric on the right answers; it should be 1."""
     shuffled: dict[str, float]
-    """The same on answers to other questions; it should be near the metric's chance, or 0."""
+    """The same on answers to other questions; it should be near the metric's chance, or 0. Empty with one question."""
     exceptions: dict[str, list[str]]
     """The items whose right answer scores less than 1, by metric; metrics without any are left out."""
     notes: dict[str, int]
@@ -46,7 +46,8 @@ def check(task: Task, root: Path, seed: int = 0) -> GoldCheck:
     if not items:
         raise EvaluationError(f"{task.name}: no row has an answer; fetch its file again")
     gold = list(task.verdicts(items, gold_outcomes(items)))
-    shuffled = list(task.verdicts(items, shuffled_outcomes(items, seed)))
+    alone = min(map(len, _by_kind(items).values())) == 1  # no other question could lend its answer
+    shuffled = [] if alone else list(task.verdicts(items, shuffled_outcomes(items, seed)))
     exceptions = {
         metric: [item.id for item, verdict in zip(items, gold, strict=True) if verdict.scores.get(metric, 1.0) < 1.0]
         for metric in task.metrics

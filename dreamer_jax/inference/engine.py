@@ -174,18 +174,22 @@ class Engine:
         self._group = min(self._own, group or -(-self._own // 8))
         self._decoder, self._seed = decoder, np.uint32(seed)
         self._state = _no_requests(decoder, self.slots, rows)
+        self._free_all()
+
+    def _free_all(self) -> None:
         self._free = [deque(range(self._own)) for _ in range(self._parts)]
         self._busy: dict[int, _Request] = {}
 
     def answers(
         self, prompts: Iterable[Prompt], *, stop_ids: Collection[int] = (), on_token: OnToken | None = None
     ) -> Iterator[Answer]:
-        """The answers as they end, in that order.
+        """The answers as they end, in that order. One queue at a time: a new one ends what is left of the last.
 
         Raises:
             GenerationError: an empty prompt, one that does not fit the rows, max_tokens out of range.
             TokenError: an id outside of the vocabulary.
         """
+        self._free_all()
         waiting = enumerate(prompts)
         queue: deque[_Request] = deque()
         behind: deque[tuple[Owners, Array]] = deque()

@@ -88,7 +88,7 @@ def test_scores_have_intervals_groups_notes_and_a_hash_of_the_prompts(tmp_path):
     assert task["metrics"]["chosen"]["value"] == 0
     assert task["groups"]["options"]["chosen"]["chance"] == 0.5
     assert task["notes"] == {"odd rows": 1, "prompts cut to the context": 1, "answers that did not end": 4}
-    assert (len(task["prompts"]), task["limit"], task["complete"]) == (64, None, True)
+    assert (len(task["prompts"]), task["limit"]) == (64, None)
     assert steps == [(i, 8) for i in range(9)]
 
 

@@ -227,7 +227,7 @@ def test_requests_that_end_early_give_their_slots_to_others(decoder, one_by_one)
     assert {answer.number: answer.finished for answer in answers} == {i: stop in one_by_one[i] for i in range(20)}
 
 
-def test_requests_are_taken_from_the_queue_when_there_are_slots_for_them(decoder):
+def test_requests_are_taken_from_the_queue_when_there_are_slots_for_them(decoder, one_by_one):
     taken = []
 
     def queue():
@@ -235,8 +235,12 @@ def test_requests_are_taken_from_the_queue_when_there_are_slots_for_them(decoder
             taken.append(i)
             yield request
 
-    next(made(decoder, slots=5, group=2).answers(queue()))
+    slots = made(decoder, slots=5, group=2)
+    abandoned = slots.answers(queue())
+    next(abandoned)
     assert len(taken) <= 11
+    abandoned.close()
+    assert answered(slots) == one_by_one  # of what was left of the last queue nothing is heard
 
 
 @pytest.mark.parametrize("sizes", MESHES)

@@ -17,21 +17,20 @@ from dreamer_jax.evaluation.requests import EvaluationError
 from dreamer_jax.files import write_whole
 
 
-def compare(runs: Sequence[Path], out: Path, baseline: Path | None = None) -> str:
+def compare(runs: Sequence[Path], out: Path) -> str:
     """Compare runs and write compare.md, compare.json and figures into `out`, a folder that is made if need be.
 
     Args:
-        runs: folders of runs that have been evaluated, or of single evaluations.
+        runs: folders of runs that have been evaluated, or of single evaluations; the first is the baseline.
         out: where to write.
-        baseline: the one of `runs` that the others are compared with; the first if not given.
 
     Returns:
         The text of compare.md and what figures there are. Without matplotlib there are none, and the text says so.
 
     Raises:
-        EvaluationError: an evaluation is absent, broken or unfinished, or two of them asked different things.
+        EvaluationError: an evaluation is absent or broken, or two of them asked different things.
     """
-    comparison = compared(read_runs(runs), _position(runs, baseline))
+    comparison = compared(read_runs(runs))
     text, tables = markdown(comparison), out / "compare.md"
     out.mkdir(parents=True, exist_ok=True)
     write_whole(tables, text)
@@ -53,22 +52,13 @@ def write_depths(folders: Sequence[Path], tasks: Sequence[str], out: Path) -> st
         The text of depth.md and what figures there are. Without matplotlib there are none, and the text says so.
 
     Raises:
-        EvaluationError: an evaluation is absent, broken or unfinished, or two of them asked different things.
+        EvaluationError: an evaluation is absent or broken, or two of them asked different things.
     """
     found = at_depths(folders, tasks)
     text = f"# {found.label} by depth\n\n{legend(depth_columns(found))}\n\n{depth_table(found)}\n"
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "depth.md", text)
     return f"{text}\ntable: {out / 'depth.md'}\n{_draw([], depth_panels([found]), out)}"
-
-
-def _position(paths: Sequence[Path], baseline: Path | None) -> int:
-    if baseline is None:
-        return 0
-    places = [path.resolve() for path in paths]
-    if baseline.resolve() not in places:
-        raise EvaluationError(f"the baseline '{baseline}' is none of the runs: {', '.join(map(str, paths))}")
-    return places.index(baseline.resolve())
 
 
 def _draw(accuracies: Sequence[Panel], by_depth: Sequence[Panel], out: Path) -> str:

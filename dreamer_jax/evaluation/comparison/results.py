@@ -36,7 +36,6 @@ class TaskResult:
     limit: int | None
     reading: tuple[int | None, int | None]
     """(tokens of the context, stride of the window over longer texts); the stride is None for half a context."""
-    complete: bool
 
     @property
     def metric(self) -> str:
@@ -212,7 +211,6 @@ def _task_result(task: Any, name: str, path: Path, reading: tuple[int | None, in
         prompts=_get(task, "prompts", str, path, where),
         limit=None if limit is None else _get(task, "limit", int, path, where),
         reading=reading,
-        complete=_get(task, "complete", bool, path, where),
     )
 
 

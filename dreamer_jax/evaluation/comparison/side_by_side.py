@@ -116,7 +116,7 @@ def compared(runs: tuple[Run, ...], baseline: int = 0) -> Comparison:
     """All figures of a comparison.
 
     Raises:
-        EvaluationError: an evaluation is unfinished, or two of them asked different things.
+        EvaluationError: two evaluations asked different things.
     """
     for run in runs:
         if not run.checkpoints:
@@ -140,7 +140,7 @@ def depth_columns(run: Run) -> tuple[Column, ...]:
     """A column for each task that the run was asked at any of its `Run.depths`; the points are from low to high.
 
     Raises:
-        EvaluationError: an evaluation is unfinished, or two of them asked different things.
+        EvaluationError: two evaluations asked different things.
     """
     deep = Run(run.label, run.path, run.depths, run.depths)
     tasks = _tasks([deep])
@@ -167,7 +167,7 @@ def _scored(run: Run, task: str) -> list[tuple[Results, TaskResult]]:
 
 
 def _check_comparable(results: Sequence[Results], tasks: Sequence[str]) -> None:
-    """All must have asked the same of their models, and have finished.
+    """All must have asked the same of their models.
 
     Raises:
         EvaluationError: one did not.
@@ -176,10 +176,6 @@ def _check_comparable(results: Sequence[Results], tasks: Sequence[str]) -> None:
         asked = [(r, r.tasks[task]) for r in results if task in r.tasks]
         first, reference = asked[0]
         for r, result in asked:
-            if not result.complete:
-                raise EvaluationError(
-                    f"'{r.folder}': {task} is not finished; go on with it: {evaluate_command(r.folder)}"
-                )
             apart = _apart(result, reference)
             if apart:
                 raise EvaluationError(

@@ -50,7 +50,7 @@ def depth_table(run: Run) -> str:
     """Each task's metric at each depth that the newest such checkpoint was evaluated at.
 
     Raises:
-        EvaluationError: an evaluation is unfinished, or two of them asked different things.
+        EvaluationError: two evaluations asked different things.
     """
     columns, newest = depth_columns(run), run.depths[0]
     rows = []

@@ -26,7 +26,6 @@ def task(right, n=QUESTIONS, metric="robust", **changes):
         "prompts": "a" * 64,
         "notes": {},
         "limit": None,
-        "complete": True,
     }
     items = [{"id": str(i), "group": "", "scores": {metric: score, "strict": 0.0}} for i, score in enumerate(scores)]
     return {**entry, **changes}, items

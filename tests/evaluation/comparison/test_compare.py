@@ -6,11 +6,9 @@ import sys
 import pytest
 
 from dreamer_jax.evaluation.comparison.compare import compare, write_depths
-from dreamer_jax.evaluation.requests import EvaluationError
 from tests.evaluation.comparison.folders import (
     evaluate,
     perplexity,
-    rows,
     task,
 )
 
@@ -19,14 +17,6 @@ def depths_of(run):
     """(all evaluations of a run, the tasks of the last)."""
     folders = sorted((run / "evaluation").iterdir())
     return folders, list(json.loads((folders[-1] / "scores.json").read_text())["tasks"])
-
-
-def test_another_baseline_can_be_named(runs, tmp_path):
-    text = compare(runs, tmp_path / "out", baseline=runs[1])
-    assert "Baseline: dr." in text
-    assert {line[0] for line in rows(text, "Differences")[1:]} == {"la", "dr_da"}
-    with pytest.raises(EvaluationError, match="is none of the runs"):
-        compare(runs, tmp_path / "out", baseline=tmp_path / "other")
 
 
 def test_unbounded_intervals_are_null_in_json(tmp_path):

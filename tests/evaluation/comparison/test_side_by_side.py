@@ -98,7 +98,6 @@ def test_a_run_that_was_evaluated_at_other_depths_alone_is_told_how(runs, tmp_pa
     [
         ({"prompts": "b" * 64}, "the prompts differ"),
         ({"limit": 20}, "the limits of questions differ"),
-        ({"complete": False}, "is not finished"),
         ({"metric": "exact"}, "the metrics differ"),
     ],
 )
