@@ -142,15 +142,20 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(run, data, tmp_path, capsys
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_benchmarks_along_a_training_are_in_its_records_and_leave_it_as_it_is(data, tmp_path):
+def fail(snapshot):
+    raise EvaluationError("no time")
+
+
+def test_benchmarks_along_a_training_are_in_its_records_and_leave_it_as_it_is(data, tmp_path, capsys):
     config = dataclasses.replace(
         toy_config(tmp_path, steps=4), checkpoint=CheckpointConfig(every=1, keep=1, keep_every=2), kernels=REFERENCE
     )
-    plain = train(dataclasses.replace(config, name="plain"))
     asked = {"evaluate_every": 2, "evaluate_data": str(data), "evaluate_tasks": "ppl", "evaluate_limit": 2}
     with_benchmarks = changed(dataclasses.replace(config, name="asked"), train=asked)
     summary = train(with_benchmarks, look=train_door.benchmarks(with_benchmarks))
-    assert summary.train_loss == plain.train_loss
+    failing = train(dataclasses.replace(with_benchmarks, name="failing"), look=fail)
+    assert "step 2: not evaluated: no time" in capsys.readouterr().err
+    assert summary.train_loss == failing.train_loss
     lines = [json.loads(line) for line in (with_benchmarks.run_dir / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in lines if "evaluate/ppl/perplexity" in line}
     assert sorted(found) == [2, 4]

@@ -13,7 +13,7 @@ from dreamer_jax.inference.sample import GenerationError
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.sharding import make_mesh
 from tests import oracle
-from tests.models import VARIANTS, sizes_of, small
+from tests.models import sizes_of, small
 
 SIZE = 24
 
@@ -81,7 +81,7 @@ def assert_options(decoder, full, requests=REQUESTS, batch=4):
             assert greedy == wanted[1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["LA", "DR+DA"])
 def test_options_after_a_prefix_that_is_read_once_are_as_likely_as_in_a_full_pass(variant):
     model = model_of(variant)
     assert_options(make_decoder(model, Compute.fastest()), read(model))
