@@ -82,22 +82,13 @@ def make_decoder(model: Dreamer, compute: Compute, *, depth: int | None = None, 
     """
     depth = checked_depth(model.config, depth)
     graph, *state = taken_apart(model)
-    ready_graph, *ready = nnx.eval_shape(lambda: taken_apart(_ready(graph, compute, *state)))
+    ready_graph = nnx.eval_shape(lambda: taken_apart(_ready(graph, compute, *state)))[0]
     if mesh is None:
         return Decoder(model.config, compute, depth, mesh, ready_graph, _ready_state(graph, compute, state))
     params, biases = state
     params = jax.device_put(params, tree_shardings(mesh, params))
     biases = jax.device_put(biases, NamedSharding(mesh, P()))
-    placed = jax.jit(
-        jax.shard_map(
-            functools.partial(_arrived, graph, compute),
-            mesh=mesh,
-            in_specs=(tree_specs(params), P()),
-            out_specs=[tree_specs(ready[0], "work"), P()],
-            check_vma=False,  # every device gathers the same
-        )
-    )(params, biases)
-    return Decoder(model.config, compute, depth, mesh, ready_graph, placed)
+    return Decoder(model.config, compute, depth, mesh, ready_graph, _placed(graph, compute, mesh, params, biases))
 
 
 def _ready(graph: Any, compute: Compute, params: nnx.State, biases: nnx.State) -> Dreamer:
@@ -109,6 +100,20 @@ def _ready(graph: Any, compute: Compute, params: nnx.State, biases: nnx.State) -
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _ready_state(graph: Any, compute: Compute, state: list[nnx.State]) -> list[nnx.State]:
     return list(taken_apart(_ready(graph, compute, *state))[1:])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _placed(graph: Any, compute: Compute, mesh: Mesh, params: nnx.State, biases: nnx.State) -> list[nnx.State]:
+    weights = nnx.eval_shape(lambda: taken_apart(_ready(graph, compute, params, biases)))[1]
+    arrive = jax.shard_map(
+        functools.partial(_arrived, graph, compute),
+        mesh=mesh,
+        in_specs=(tree_specs(params), P()),
+        out_specs=[tree_specs(weights, "work"), P()],
+        check_vma=False,  # every device gathers the same
+    )
+    placed: list[nnx.State] = arrive(params, biases)
+    return placed
 
 
 def _arrived(graph: Any, compute: Compute, params: nnx.State, biases: nnx.State) -> list[nnx.State]:

@@ -136,8 +136,10 @@ def _option_nats(
         nats, greedy = token_nats(decoder, hidden, targets)
         return nats.reshape(options.shape), greedy.reshape(options.shape)
 
-    found = on_devices(local, decoder, given=(ROWS,) * 4, result=ROWS)(prefixes, lengths, options, sizes)
-    return on_hosts(decoder, found)  # type: ignore[no-any-return]
+    nats, greedy = on_hosts(
+        decoder, on_devices(local, decoder, given=(ROWS,) * 4, result=ROWS)(prefixes, lengths, options, sizes)
+    )
+    return nats, greedy
 
 
 def text_likelihoods(

@@ -25,13 +25,15 @@ from dreamer_jax.evaluation.requests import (
     Verdict,
 )
 
+METRICS = {"first": Metric("likeliest option", 0.25), "second": Metric("the same of half of them")}
+
 
 @dataclass(frozen=True)
 class Letters(Task):
     """Questions with four options, the first of which is never right; every other one has a second form."""
 
     name: str = "letters"
-    metrics = {"first": Metric("likeliest option", 0.25), "second": Metric("the same of half of them")}  # noqa: RUF012
+    metrics = METRICS
     count: int = 400
 
     def questions(self, root: Path) -> Questions:

@@ -69,7 +69,10 @@ SCORES: dict[str, tuple[int, int, int]] = {
 }
 
 
-def questions(root: Path, *rows: dict[str, str], task: Gsm8k = Gsm8k()) -> Questions:  # noqa: B008
+GSM8K = Gsm8k()
+
+
+def questions(root: Path, *rows: dict[str, str], task: Gsm8k = GSM8K) -> Questions:
     path = root / task.place
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -75,7 +75,10 @@ SCORES: list[tuple[str, str, int, int]] = [
 ]
 
 
-def questions(root: Path, *rows: dict[str, str], task: Math = Math()) -> Questions:  # noqa: B008
+MATH = Math()
+
+
+def questions(root: Path, *rows: dict[str, str], task: Math = MATH) -> Questions:
     path = root / task.place
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
