@@ -33,7 +33,7 @@ HINTS = {
 }
 BACKENDS = "jax/_src/xla_bridge.py"
 """Where JAX looks for platforms; what it raises there, an AssertionError among others, may have no text."""
-EXTRAS = {"wandb": "wandb", "matplotlib": "figures", "tokamax": "gpu", "lm_eval": "eval", "math_verify": "eval"}
+EXTRAS = {"wandb": "wandb", "tokamax": "gpu", "lm_eval": "eval", "math_verify": "eval"}
 """Modules that an extra brings."""
 
 

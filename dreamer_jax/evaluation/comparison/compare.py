@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamer_jax.evaluation.comparison.figures import Panel, against_depth, figure_3, save
+from dreamer_jax.evaluation.comparison.figures import Panel, against_depth, figure_3
 from dreamer_jax.evaluation.comparison.panels import accuracy_panels, depth_panels
 from dreamer_jax.evaluation.comparison.record import record
 from dreamer_jax.evaluation.comparison.results import at_depths, read_runs
 from dreamer_jax.evaluation.comparison.side_by_side import compared, depth_columns
 from dreamer_jax.evaluation.comparison.tables import depth_table, legend, markdown
-from dreamer_jax.evaluation.requests import EvaluationError
+from dreamer_jax.figures import save
 from dreamer_jax.files import write_whole
 
 
@@ -25,7 +25,7 @@ def compare(runs: Sequence[Path], out: Path) -> str:
         out: where to write.
 
     Returns:
-        The text of compare.md and what figures there are. Without matplotlib there are none, and the text says so.
+        The text of compare.md and what figures there are.
 
     Raises:
         EvaluationError: an evaluation is absent or broken, or two of them asked different things.
@@ -49,7 +49,7 @@ def write_depths(folders: Sequence[Path], tasks: Sequence[str], out: Path) -> st
         out: where to write.
 
     Returns:
-        The text of depth.md and what figures there are. Without matplotlib there are none, and the text says so.
+        The text of depth.md and what figures there are.
 
     Raises:
         EvaluationError: an evaluation is absent or broken, or two of them asked different things.
@@ -64,8 +64,5 @@ def write_depths(folders: Sequence[Path], tasks: Sequence[str], out: Path) -> st
 def _draw(accuracies: Sequence[Panel], by_depth: Sequence[Panel], out: Path) -> str:
     """Draw what there is to draw; the line to tell of it."""
     drawings = (("accuracy", figure_3, accuracies), ("depth", against_depth, by_depth))
-    try:
-        files = [file for name, draw, panels in drawings if panels for file in save(draw(panels), out / name)]
-    except EvaluationError as error:
-        return f"no figures: {error}\n"
+    files = [file for name, draw, panels in drawings if panels for file in save(draw(panels), out / name)]
     return f"figures: {', '.join(map(str, files))}\n" if files else ""

@@ -2,58 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dreamer_jax.evaluation.comparison.statistics import running_best
-from dreamer_jax.evaluation.requests import EvaluationError
+from dreamer_jax.figures import CURVES, STYLE, WIDTH, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "lines.markeredgewidth": 0.5,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-    "svg.hashsalt": "dreamer-jax",
-}
-"""For print: a page's width, no text below 8 points."""
-CURVES: tuple[tuple[str, Any, str], ...] = (
-    ("#4d4d4d", "-", "o"),
-    ("#d55e00", "--", "s"),
-    ("#0072b2", "-.", "^"),
-    ("#009e73", ":", "D"),
-    ("#cc79a7", (0, (5, 1, 1, 1, 1, 1)), "v"),
-    ("#e69f00", (0, (1, 1)), "P"),
-)
-"""Colour (after Okabe and Ito: told apart with any colour vision), line style, marker; of the first run, and so on."""
 CHANCE: Any = {"color": "#8c8c8c", "linestyle": (0, (1, 2)), "linewidth": 0.9}
 """The line at what guessing gives."""
-WIDTH, PANEL_HEIGHT = 7.0, 2.15
-"""Inches of a page and of a row of panels."""
+PANEL_HEIGHT = 2.15
+"""Inches of a row of panels."""
 LEGEND_HEIGHT, LEGEND_WIDTH, LETTER_WIDTH = 0.22, 0.8, 0.075
 """Inches of a line of the legend, of an entry without its text, and of a letter."""
 UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
@@ -113,12 +77,9 @@ def figure_3(panels: Sequence[Panel]) -> "Figure":
 
     Points are single checkpoints, lines the running best, bands its intervals. A thin line marks the baseline's best,
     and arrows below it how much earlier other runs reach it. A dotted line is what guessing gives.
-
-    Raises:
-        EvaluationError: matplotlib is not installed.
     """
     size, unit = _token_unit(panels)
-    with _style():
+    with style():
         figure, axes = _grid(panels, f"training tokens ({unit})" if unit else "training tokens")
         for ax, panel in zip(axes, panels, strict=True):
             for i, curve in enumerate(panel.curves):
@@ -134,11 +95,8 @@ def against_depth(panels: Sequence[Panel]) -> "Figure":
     """Scores against the depth that a model ran at.
 
     A ring marks the depth that it was trained at, a dotted line what guessing gives.
-
-    Raises:
-        EvaluationError: matplotlib is not installed.
     """
-    with _style():
+    with style():
         figure, axes = _grid(panels, "depth (ring: as trained)")
         for ax, panel in zip(axes, panels, strict=True):
             for i, curve in enumerate(panel.curves):
@@ -148,26 +106,6 @@ def against_depth(panels: Sequence[Panel]) -> "Figure":
             if panel.unit == "perplexity" and max(values) > DECADES * min(values):
                 ax.set_yscale("log")
     return figure
-
-
-def save(figure: "Figure", path: Path) -> tuple[Path, Path]:
-    """Write PATH.png and PATH.svg, the same bytes for the same figure; returns the two."""
-    png, svg = path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
-    with _style():
-        figure.savefig(png, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
-
-
-def _style() -> AbstractContextManager[None]:
-    """Within it, matplotlib draws in our style."""
-    try:
-        from matplotlib import rc_context
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise EvaluationError("figures need matplotlib: pip install 'dreamer-jax[figures]'") from None
-    return rc_context(STYLE)
 
 
 def _grid(panels: Sequence[Panel], x_label: str) -> "tuple[Figure, list[Axes]]":

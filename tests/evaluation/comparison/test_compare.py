@@ -1,7 +1,6 @@
 """Tables, figures and their data are written."""
 
 import json
-import sys
 
 import pytest
 
@@ -29,7 +28,6 @@ def test_unbounded_intervals_are_null_in_json(tmp_path):
 
 
 def test_tables_and_figures_are_written(runs, tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra 'figures' is not installed")
     evaluate(tmp_path, "dr", 400, {"gsm8k": task(5), "ppl": perplexity(8.0)}, depth=32)
     out = tmp_path / "a" / "b"
     text = compare(runs, out)
@@ -37,13 +35,6 @@ def test_tables_and_figures_are_written(runs, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(str(out / name) in text for name in names)
     assert text.startswith((out / "compare.md").read_text())
-
-
-def test_without_matplotlib_the_tables_are_written(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = compare(runs, tmp_path / "out")
-    assert text.endswith("no figures: figures need matplotlib: pip install 'dreamer-jax[figures]'\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md"]
 
 
 @pytest.fixture
@@ -55,7 +46,6 @@ def deep(tmp_path):
 
 
 def test_the_depths_of_one_run_are_written(deep):
-    pytest.importorskip("matplotlib", reason="the extra 'figures' is not installed")
     out = deep / "evaluation"
     text = write_depths(*depths_of(deep), out)
     written = {path.name for path in out.iterdir() if path.is_file()}
@@ -76,10 +66,3 @@ def test_depths_without_that_of_training_are_written_too(tmp_path):
     for depth in (8, 32):
         path = evaluate(tmp_path, "dr", 400, {"gsm8k": task(depth // 2)}, depth=depth)
     assert "(trained)" not in write_depths(*depths_of(path), tmp_path / "out")
-
-
-def test_without_matplotlib_the_table_of_depths_is_written(deep, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = write_depths(*depths_of(deep), tmp_path / "out")
-    assert text.endswith("no figures: figures need matplotlib: pip install 'dreamer-jax[figures]'\n")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["depth.md"]
