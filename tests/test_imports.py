@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dreamer_jax"
-DOORS = ("train", "plan", "generate", "evaluate", "convert.__main__")
+DOORS = ("train", "plan", "generate", "evaluate", "analyze", "convert.__main__")
 SURFACE = "__init__"
 """The package itself, and what it offers under its own name: dreamer_jax.load."""
 ORDER = (
     ("errors", "files"),
-    ("door", "values", "gathering"),
+    ("door", "values", "gathering", "figures"),
     ("dimensions",),
     ("model_config",),
     ("config",),
@@ -25,6 +25,7 @@ ORDER = (
     ("model",),
     ("training", "inference"),
     ("evaluation", "convert"),
+    ("analysis",),
     ("language_model",),
     (SURFACE, *DOORS),
 )
@@ -34,14 +35,14 @@ ASIDE = {
     "data": ("errors", "files", "dimensions", "model_config", "config", "distributed"),
 }
 """Beside that order: what each imports besides itself. Only those below import it."""
-USE_ASIDE = ("training", "evaluation", "convert", "language_model", *DOORS)
+USE_ASIDE = ("training", "evaluation", "convert", "analysis", "language_model", *DOORS)
 PLATFORMS = {"native", "tokamax", "splash", "cpu", "gpu", "tpu", "cuda", "mosaic", "triton", "pallas"}
 WITHOUT_JAX = """
 import importlib, pkgutil, sys
 import dreamer_jax, dreamer_jax.accounting, dreamer_jax.config, dreamer_jax.kernels.native.huge_pages
 for module in pkgutil.iter_modules(dreamer_jax.accounting.__path__, "dreamer_jax.accounting."):
     importlib.import_module(module.name)
-from dreamer_jax import evaluate, generate, plan, train
+from dreamer_jax import analyze, evaluate, generate, plan, train
 try:
     plan.main(["--help"])
 except SystemExit:

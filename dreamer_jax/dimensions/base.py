@@ -61,6 +61,8 @@ class Weight(NamedTuple):
         return self.per_token and self.kind in ("input", "output", "keys")
 
 
+OVER_DEPTHS = "source depth"
+"""The entries of a dimension that attends to depths."""
 Policy = Literal["full", "selective", "products", "none", "never"]
 """What `train.remat` keeps for the backward pass, least first; "never" is what only the backward pass makes."""
 POLICIES: tuple[Policy, ...] = ("full", "selective", "products", "none", "never")
@@ -186,6 +188,8 @@ class Dimension(abc.ABC):
     """Where its computation stands: "file.Class" below dreamer_jax.model."""
     balancing: ClassVar[Literal["none", "expert", "attention"]] = "none"
     """Which of the optimizer's rates moves its router's bias (Eq. 3)."""
+    entries: ClassVar[str] = ""
+    """What the entries that it attends to are called in figures; empty if it shows no map of its attention."""
     fewer: ClassVar[Mapping[str, str]] = {}
     """By component: keys that lower its costs, for the errors of matching."""
 
@@ -205,6 +209,10 @@ class Dimension(abc.ABC):
         `context` is the mean number of tokens that a token attends to, itself included.
         """
         return {}
+
+    def visible(self, model: Shape, depth: int) -> list[list[bool]]:
+        """Of a dimension with a map, the entries that each of `depth` depths may attend to."""
+        return [[] for _ in range(depth)]
 
     def routers(self, model: Shape) -> int:
         """Experts that a token selects at one depth, over its routers; 0 without a router."""

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from dreamer_jax.dimensions.base import (
     IN_JAX,
+    OVER_DEPTHS,
     DepthRotated,
     Saved,
     Shape,
@@ -33,6 +34,7 @@ class DepthAttentionConfig(Heads):
 
     module = "depth_attention.DepthAttention"
     name = "da"
+    entries = OVER_DEPTHS
     fewer: ClassVar[Mapping[str, str]] = {
         "da_projections": "lower model.router.attention_experts, model.da.query_heads or model.da.head_size",
         "da_attention": "lower model.da.query_heads or model.da.head_size",
@@ -55,6 +57,11 @@ class DepthAttentionConfig(Heads):
         """Whether depth `l` attends to depth `earlier`, if DA runs at both."""
         back = l - earlier
         return back >= 0 and back % self.dilation == 0 and (self.window == 0 or back < self.window * self.dilation)
+
+    def visible(self, model: Shape, depth: int) -> list[list[bool]]:
+        """The depths that each depth attends to; of those at which DA does not run, none."""
+        runs = set(model.depths_of(self.name, depth))
+        return [[l in runs and e in runs and self.reaches(l, e) for e in range(depth)] for l in range(depth)]
 
     def products(self, model: Shape, context: float, depths: tuple[int, ...]) -> dict[str, float]:
         """Scores and weighted values over the depths it reaches; in the linear form, state updates and readings."""

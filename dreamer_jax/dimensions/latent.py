@@ -43,6 +43,7 @@ class LatentAttentionConfig(Dimension):
     """C: size of those embeddings; 0 for learned pairs."""
 
     module = "latent_attention.LatentAttention"
+    entries = "latent"
     fewer: ClassVar[Mapping[str, str]] = {
         "latent_projections": "lower model.latent.query_heads or model.latent.head_size",
         "latent_attention": "lower model.latent.latents or model.latent.query_heads",
@@ -94,6 +95,11 @@ class LatentAttentionConfig(Dimension):
             f"model.latent.embeddings: '{path}' holds numbers that are not finite in float32",
         )
         return embeddings
+
+    def visible(self, model: Shape, depth: int) -> list[list[bool]]:
+        """Every depth at which it runs attends to all pairs."""
+        runs = model.depths_of("latent", depth)
+        return [[l in runs] * self.latents for l in range(depth)]
 
     def weights(self, model: Shape, merged: bool = False) -> tuple[Weight, ...]:
         """Query and output projections, and the pairs, or what makes pairs of the embeddings."""

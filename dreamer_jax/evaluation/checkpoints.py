@@ -12,7 +12,7 @@ from dreamer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamer_jax.evaluation.evaluation import Subject
 from dreamer_jax.evaluation.requests import EvaluationError
 from dreamer_jax.evaluation.respondent import Respondent
-from dreamer_jax.inference.decoder import make_decoder
+from dreamer_jax.inference.decoder import Decoder, make_decoder
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.dreamer import Dreamer, checked_depth
 from dreamer_jax.model.parameters import taken_apart
@@ -47,16 +47,19 @@ class Candidate:
 
     def respondent(self, settings: Settings, depth: int | None) -> Respondent:
         """The model at a depth, on all devices."""
-        config, devices = self.loaded.config, jax.device_count()
-        mesh = None
-        if devices > 1:
-            mesh = make_mesh(MeshConfig(data=-1, expert=settings.expert_devices))
-        elif settings.expert_devices != 1:
-            raise EvaluationError(f"--expert-devices {settings.expert_devices}: there is one device")
-        compute = replace(Compute.of(config, mesh), remat="none")
-        decoder = make_decoder(self.loaded.model, compute, depth=depth, mesh=mesh)
-        context = settings.context or config.data.context
+        decoder = self.decoder(settings.expert_devices, depth)
+        context = settings.context or self.loaded.config.data.context
         return Respondent(decoder, self.tokenizer, context, settings.batch, settings.stride, settings.seed)
+
+    def decoder(self, expert_devices: int, depth: int | None) -> Decoder:
+        """The model at a depth, ready to read; of all devices, so many share out the experts."""
+        mesh = None
+        if jax.device_count() > 1:
+            mesh = make_mesh(MeshConfig(data=-1, expert=expert_devices))
+        elif expert_devices != 1:
+            raise EvaluationError(f"--expert-devices {expert_devices}: there is one device")
+        compute = replace(Compute.of(self.loaded.config, mesh), remat="none")
+        return make_decoder(self.loaded.model, compute, depth=depth, mesh=mesh)
 
     @property
     def tokenizer(self) -> Tokenizer:

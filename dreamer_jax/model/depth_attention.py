@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.kernels.norm import rms_norm
 from dreamer_jax.model.dimension import Context, Dimension, Update
@@ -60,14 +60,16 @@ class DepthAttention(Dimension):
         selection = projections.select(x, context)
         rotation = depth_rotation(config, context.l, context.depth, config.da.head_size)
         q, k, v = projections.qkv(x, rotation, selection, kernels)
+        attention = norms = None
         if config.da.form == "softmax":
             cache, visible = context.memory, self._visible(context)
             o, attention = kernels.attend_depths(q, k, v, cache.k, cache.v, context.l, visible)
             kept: Any = DepthCache(k, v)
+            norms = value_norms(v, cache.v, context.l, config.da.query_heads) if context.inspecting else None
         else:
-            (o, kept), attention = self._linear(q, k, v, context), None
+            o, kept = self._linear(q, k, v, context)
         routing = selection.routing if selection else None
-        return Update(projections.out(o, selection, kernels), kept, routing, attention)
+        return Update(projections.out(o, selection, kernels), kept, routing, attention, norms)
 
     def make_ready(self, kernels: object) -> None:
         """Eq. 8, for the gradient of Eq. 7."""
@@ -97,10 +99,12 @@ class DepthAttention(Dimension):
     def _visible(self, context: Context) -> Bool[Array, "L"] | None:
         """The earlier depths that this one attends to; None for all."""
         da, L, depths = self.config.da, context.depth, self.config.depths_of("da", context.depth)
+        kept = _kept_entries(context)
         if len(depths) == L and da.window == 0 and da.dilation == 1:
-            return None
-        reached = [[earlier in depths and da.reaches(l, earlier) for earlier in range(L)] for l in range(L)]
-        return lax.dynamic_index_in_dim(jnp.asarray(reached), context.l, 0, keepdims=False)
+            return kept
+        reached = jnp.asarray(da.visible(self.config, L))
+        visible = lax.dynamic_index_in_dim(reached, context.l, 0, keepdims=False)
+        return visible if kept is None else visible & kept
 
     def _linear(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], context: Context
@@ -109,10 +113,33 @@ class DepthAttention(Dimension):
         if isinstance(context.memory, FadingCache):
             runs = jnp.isin(jnp.arange(context.depth), jnp.asarray(self.config.depths_of("da", context.depth)))
             earlier = runs & (jnp.arange(context.depth) < context.l)
+            kept = _kept_entries(context)
+            earlier = earlier if kept is None else earlier & kept
             o = attend_faded_rows(q, own, context.memory, earlier)
             return o.astype(q.dtype), own
         o, state = attend_state(q, own, context.memory)
         return o.astype(q.dtype), state
+
+
+def _kept_entries(context: Context) -> Bool[Array, "L"] | None:
+    """The depths that take part at this one; None for all."""
+    if context.kept is None or context.kept.entries is None:
+        return None
+    return context.kept.entries[context.l]
+
+
+def value_norms(
+    v: Float[Array, "B T K H"], cached: Float[Array, "L B T K H"], l: Int[Array, ""], query_heads: int
+) -> Float[Array, "B T N L"]:
+    """The norm of the value that each query head finds at each depth up to `l`, float32; of later ones 0."""
+
+    def norms(values: Array) -> Array:
+        return jnp.linalg.norm(values.astype(jnp.float32), axis=-1)
+
+    depths = jnp.arange(cached.shape[0])
+    past = jnp.where(depths < l, jnp.moveaxis(norms(cached), 0, -1), 0)
+    found = jnp.where(depths == l, norms(v)[..., None], past)
+    return jnp.repeat(found, query_heads // v.shape[2], axis=2)
 
 
 def attend_faded_rows(

@@ -37,6 +37,8 @@ class Context(NamedTuple):
     """Whether the tokens stand after others that are in the cache, and not at the beginning."""
     inspecting: bool
     """Whether figures are wanted that only inspection looks at."""
+    kept: "Kept | None" = None
+    """What takes part, of this dimension; None for all of it."""
 
     @property
     def counted(self) -> Bool[Array, "B T"]:
@@ -53,8 +55,19 @@ class Update(NamedTuple):
     """Its memory: the row of this depth, or the state or cache after it."""
     routing: Routing | None = None
     """What its router decided."""
-    attention: Float[Array, "..."] | None = None
-    """A map for inspection: of each token over what the dimension attends to."""
+    attention: Float[Array, "B T N S"] | None = None
+    """For inspection: each token's weights over the entries that the dimension attends to (of DA, the depths)."""
+    value_norms: Float[Array, "B T N S"] | None = None
+    """For inspection: the norms of the values of these entries."""
+
+
+class Kept(NamedTuple):
+    """What takes part of a dimension, to see what the rest is good for."""
+
+    updates: Float[Array, "L"]
+    """By depth, 1 for those whose update is added to the residual stream, 0 for the others."""
+    entries: Bool[Array, "L S"] | None = None
+    """By depth, the entries that it may attend to. A depth's own entry always takes part."""
 
 
 class Dimension(nnx.Module):

@@ -1,6 +1,7 @@
 """The language model: embedding, the depth loop over an attention mixture, LM head. LA, LA+DA, DR and DR+DA."""
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dreamer_jax.config import ConfigError, ModelConfig
 from dreamer_jax.dimensions.base import DEEPEST
@@ -17,7 +18,7 @@ from dreamer_jax.errors import DreamerError
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.interface import Kernels
 from dreamer_jax.kernels.norm import rms_norm
-from dreamer_jax.model.dimension import Context, Update
+from dreamer_jax.model.dimension import Context, Kept, Update
 from dreamer_jax.model.mixture import Layer, Memories
 from dreamer_jax.model.parameters import Matrix, WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
@@ -78,6 +79,28 @@ class Forward(NamedTuple):
     caches: Memories
     """Of generation, with the tokens of this pass; without them empty."""
     capture: Capture | None
+    seen: Any = None
+    """What `look` made of each depth, stacked over depths."""
+
+
+class Glimpse(NamedTuple):
+    """One depth, as `look` sees it."""
+
+    l: Int[Array, ""]
+    depth: int
+    """L: how many depths run."""
+    x: Float[Array, "B T D"]
+    """What the depth reads: x_l."""
+    y: Float[Array, "B T D"]
+    """The residual stream after it: y_l."""
+    updates: dict[str, Update]
+    """By dimension."""
+    counted: Bool[Array, "B T"]
+    """The tokens that are not padding."""
+
+
+Look = Callable[[Glimpse], Any]
+"""What is wanted of each depth, as a tree of arrays."""
 
 
 class Dreamer(nnx.Module):
@@ -124,11 +147,16 @@ class Dreamer(nnx.Module):
         caches: Memories | None = None,
         continues: bool = False,
         capture: bool = False,
+        look: Look | None = None,
+        kept: Mapping[str, Kept] | None = None,
     ) -> Forward:
         """As a call, of a model whose weights are `made_ready`: once per step, however many forward passes it has.
 
         With `caches` (of `empty_caches`) the tokens belong to sequences: prompts from position 0 on, padded at the
         end; or, if it `continues`, the next tokens of each sequence, whose positions follow one another.
+
+        `look` is called at each depth and says what is kept of it, for analysis; `capture` keeps everything. `kept`
+        says of a dimension what takes part, where not all of it is to.
         """
         config, x = self.config, self.embedded(tokens, compute.dtype)
         depth = checked_depth(config, depth)
@@ -141,17 +169,20 @@ class Dreamer(nnx.Module):
             states = {name: dimension.state(x, depth) for name, dimension in dimensions.items()}
             carried |= _present(states)
         rows = {name: row for name, row in _present(rows).items() if name not in carried}
-        body = functools.partial(_depth_step, config, graph, compute, depth, continues, capture)
-        constants = biases, before, positions, segment_ids
+        body = functools.partial(
+            _depth_step, config, graph, compute, depth, continues, _everything if capture else look
+        )
+        constants = biases, before, positions, segment_ids, dict(kept or {})
         scan = functools.partial(depth_scan, body, compute.implementation, depth=depth, remat=compute.remat)
         y, carried, aux = scan(shared, stacked, constants, x, rows, carried)
         hidden = rms_norm(y, self.residual_norm[...], config.norm_epsilon)
         routers, square, seen = aux
         figures = Figures(routers, square, jnp.sum(segment_ids > 0))
+        captured = None
         if capture:
             inputs, updates = seen
-            seen = _capture(inputs, updates, hidden if config.depth_recurrent else y)
-        return Forward(hidden, figures, {name: carried[name] for name in caches or {}}, seen)
+            captured = _capture(inputs, updates, hidden if config.depth_recurrent else y)
+        return Forward(hidden, figures, {name: carried[name] for name in caches or {}}, captured, seen)
 
     def embedded(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         """x_0: the raw embedding."""
@@ -290,7 +321,7 @@ def _depth_step(
     compute: Compute,
     depth: int,
     continues: bool,
-    capture: bool,
+    look: Look | None,
     kernels: Kernels,
     shared: dict[str, Any],
     own: dict[str, Any],
@@ -301,19 +332,24 @@ def _depth_step(
     l: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Memories, Memories, Any]:
     """One depth, y_{l-1} to y_l, in training and in generation."""
-    biases, before, positions, segment_ids = constants
+    biases, before, positions, segment_ids, kept = constants
     x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
-    context = Context(l, depth, kernels, compute.exchange, segment_ids, positions, None, None, continues, capture)
-    output = layer(x, context, before, cache, carried)
+    inspecting = look is not None
+    context = Context(l, depth, kernels, compute.exchange, segment_ids, positions, None, None, continues, inspecting)
+    output = layer(x, context, before, cache, carried, kept)
     routers = {
         name: RouterFigures(update.routing.counts, update.routing.entropy)
         for name, update in output.updates.items()
         if update.routing is not None
     }
     square = jnp.mean(jnp.square(output.y.astype(jnp.float32)), axis=-1)
-    seen = (x, output.updates) if capture else None
+    seen = None if look is None else look(Glimpse(l, depth, x, output.y, output.updates, context.counted))
     return output.y, output.rows, output.carried, (routers, jnp.sum(square, where=context.counted), seen)
+
+
+def _everything(at: Glimpse) -> tuple[Array, dict[str, Update]]:
+    return at.x, at.updates
 
 
 def _capture(inputs: Float[Array, "L B T D"], updates: dict[str, Update], x_last: Float[Array, "B T D"]) -> Capture:

@@ -48,7 +48,11 @@ class LatentAttention(Dimension):
         q = context.kernels.norm_and_rotate(q, self.q_norm[...], epsilon, rotation)
         k, v = (a.reshape(latent.latents, latent.kv_heads, latent.head_size).astype(x.dtype) for a in self._pairs())
         o, attention = attend_pairs(q, rms_norm(k, self.k_norm[...], epsilon), v)
-        return Update(o.reshape(*x.shape[:2], -1) @ self.w_o[...], attention=attention)
+        norms = None
+        if context.inspecting:
+            of_heads = jnp.linalg.norm(v.astype(jnp.float32), axis=-1).T
+            norms = jnp.broadcast_to(jnp.repeat(of_heads, q.shape[2] // v.shape[1], axis=0), attention.shape)
+        return Update(o.reshape(*x.shape[:2], -1) @ self.w_o[...], attention=attention, value_norms=norms)
 
     def merge(self) -> None:
         """Make the pairs once, for generation."""

@@ -29,6 +29,8 @@ class Routing(NamedTuple):
     """Sum over non-padding tokens of the entropy, in nats, of the scores normalised over all experts."""
     logits: Float[Array, "tokens E"] | None = None
     """For inspection only."""
+    margins: Float[Array, "tokens"] | None = None
+    """For inspection: by how much logit + bias of the last selected expert exceeds that of the best one left out."""
 
 
 class Router(nnx.Module):
@@ -61,13 +63,24 @@ class Router(nnx.Module):
         query = kernels.norm_and_rotate(query, self.q_norm[...], config.norm_epsilon, rotation)[0, :, 0]
         keys = rms_norm(self.keys[...], self.k_norm[...], config.norm_epsilon)
         routed = kernels.route(query, keys, self.bias[...], counted, active)
-        entropy = jnp.sum(routed.entropy, where=counted)
-        return Routing(routed.ids, routed.scores, routed.counts, entropy, logits(query, keys) if with_logits else None)
+        routing = Routing(routed.ids, routed.scores, routed.counts, jnp.sum(routed.entropy, where=counted))
+        if not with_logits:
+            return routing
+        seen = logits(query, keys)
+        return routing._replace(logits=seen, margins=margins(seen + self.bias[...][None], active))
 
 
 def logits(query: Float[Array, "tokens R"], keys: Float[Array, "E R"]) -> Float[Array, "tokens E"]:
     """Scaled dot products of rotated queries with unrotated keys, in full float32 on every platform."""
     return jnp.einsum("tr,er->te", query, keys, precision=lax.Precision.HIGHEST) / keys.shape[1] ** 0.5
+
+
+def margins(biased: Float[Array, "tokens E"], active: int) -> Float[Array, "tokens"]:
+    """The distance of the last selected expert's logit + bias from the best other one's; infinite without others."""
+    if biased.shape[1] <= active:
+        return jnp.full(biased.shape[:1], jnp.inf)
+    best = lax.top_k(biased, active + 1)[0]
+    return best[:, -2] - best[:, -1]
 
 
 def balanced_bias(

@@ -1,0 +1,1 @@
+"""Figures of captures: functions of arrays that return matplotlib figures."""

@@ -1,0 +1,113 @@
+"""The packed rows that a model is looked at with: the held-out ones of its run, or those of files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer_jax.analysis.captures import AnalysisError
+from dreamer_jax.config import Config
+from dreamer_jax.data.batch import Batch
+from dreamer_jax.data.builder import prepare
+from dreamer_jax.data.loader import empty_row, lay_out, rows
+from dreamer_jax.data.sources import render_prompt, render_response
+from dreamer_jax.data.tokenizer import Tokenizer
+from dreamer_jax.evaluation.benchmarks.rows import Row, rows_of
+from dreamer_jax.inference.likelihood import Window, packed
+
+PAIRS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
+"""Fields that a row of a file may have in place of `text`."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows by index, in an order that is the same every time."""
+
+    rows: Any
+    """Sized, by index: dicts of arrays [T], as `loader.lay_out` makes them."""
+    context: int
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All rows, `size` at a time; the last batch is filled up with empty ones."""
+        for start in range(0, len(self), size):
+            found = [self.rows[i] for i in range(start, min(start + size, len(self)))]
+            found += [empty_row(self.context)] * (size - len(found))
+            yield Batch(**{name: np.stack([row[name] for row in found]) for name in Batch._fields})
+
+
+class First:
+    """The first rows of a source that may have more."""
+
+    def __init__(self, source: Any, most: int):
+        self._source, self._count = source, min(len(source), most)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row: dict[str, np.ndarray] = self._source[index]
+        return row
+
+
+def held_out(config: Config, most: int) -> Sequences:
+    """At most so many of the run's held-out rows; its data are prepared again if they are gone.
+
+    Raises:
+        AnalysisError: the run has none.
+        DataError: the raw files or the prepared data cannot be read.
+    """
+    found = rows(prepare(config), config, "validation")
+    if not len(found):
+        raise AnalysisError("the run has no held-out rows: give files with --data")
+    return Sequences(First(found, most), config.data.context, "held-out rows of the run")
+
+
+def of_files(paths: Sequence[Path], tokenizer: Tokenizer, context: int, most: int) -> Sequences:
+    """At most so many rows with the documents of JSON-lines files, in their order.
+
+    A document is the field `text`, or two fields of `PAIRS` in the layout that models are trained with. One that is
+    longer than the context is cut into pieces, each read without those before it.
+
+    Raises:
+        AnalysisError: a file without a document.
+        EvaluationError: a file that cannot be read.
+    """
+    documents = [document for path in paths for document in _documents(path, tokenizer)]
+    pieces = [piece for document in documents for piece in _cut(document, context)]
+    windows = [Window(i, piece["tokens"], 0) for i, piece in enumerate(pieces)]
+    laid_out = [lay_out([pieces[w.text] for w in row], context) for row in packed(windows, context)[:most]]
+    return Sequences(laid_out, context, ", ".join(path.name for path in paths))
+
+
+def _documents(path: Path, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    found = [_document(row, tokenizer) for row in rows_of(path, ())]
+    documents = [document for document in found if document]
+    if not documents:
+        pairs = ", ".join(f"{a} and {b}" for a, b in PAIRS)
+        raise AnalysisError(f"'{path}': no row has a text; the field text is needed, or {pairs}")
+    return documents
+
+
+def _document(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Its tokens and where the response starts; empty for a row without text."""
+    if isinstance(text := row.get("text"), str) and text.strip():
+        return {"tokens": [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], "response_start": 0}
+    for first, second in PAIRS:
+        prompt, response = row.get(first), row.get(second)
+        if isinstance(prompt, str) and isinstance(response, str) and prompt.strip() and response.strip():
+            given = [tokenizer.bos, *tokenizer.encode(render_prompt(prompt.strip()))]
+            answer = tokenizer.encode(render_response(response.strip()))
+            return {"tokens": [*given, *answer, tokenizer.eos], "response_start": len(given)}
+    return {}
+
+
+def _cut(document: dict[str, Any], context: int) -> Iterator[dict[str, Any]]:
+    tokens, response = document["tokens"], document["response_start"]
+    for start in range(0, len(tokens), context):
+        yield {"tokens": tokens[start : start + context], "response_start": max(0, response - start)}
