@@ -16,8 +16,6 @@ from dreamer_jax.door import guarded
 
 if TYPE_CHECKING:
     from dreamer_jax.analysis.captures import Captures
-    from dreamer_jax.analysis.sequences import Sequences
-    from dreamer_jax.evaluation.checkpoints import Candidate
 
 
 @dataclass(frozen=True)
@@ -73,42 +71,34 @@ def run(arguments: Arguments) -> int:
 
 def analyze(arguments: Arguments) -> int:
     """Look into a checkpoint; write captures, figures and a report."""
-    from dreamer_jax.analysis.analysis import Settings
-    from dreamer_jax.analysis.analysis import analyze as analyzed
-    from dreamer_jax.evaluation.checkpoints import all_checkpoints, candidate, run_folder
+    from dreamer_jax.analysis.analysis import Settings, look_into
 
     assert arguments.checkpoint
-    asked = candidate(arguments.checkpoint)
-    settings = Settings(
-        arguments.batch, arguments.expert_devices, arguments.removal_sequences, arguments.trace, arguments.seed
+    captures = look_into(
+        arguments.checkpoint,
+        data=arguments.data,
+        most=arguments.sequences,
+        depth=arguments.depth,
+        all_checkpoints=arguments.all,
+        settings=Settings(
+            arguments.batch, arguments.expert_devices, arguments.removal_sequences, arguments.trace, arguments.seed
+        ),
+        progress=progress,
     )
-    kept = all_checkpoints(run_folder(arguments.checkpoint)) if arguments.all else []
-    earlier = [path for path in kept if int(path.name) < asked.loaded.step]
-    captures = analyzed(
-        asked, _sequences(asked, arguments), settings, depth=arguments.depth, earlier=earlier, progress=progress
-    )
-    folder = (arguments.out or _results(asked, captures)).expanduser()
+    folder = (arguments.out or _results(arguments.checkpoint, captures)).expanduser()
     captures.save(folder)
     _report([captures], folder)
     print(f"next: python -m dreamer_jax.analyze --compare {shlex.quote(str(folder))} ANOTHER")
     return 0
 
 
-def _sequences(asked: "Candidate", arguments: Arguments) -> "Sequences":
-    from dreamer_jax.analysis.sequences import held_out, of_files
-
-    config = asked.loaded.config
-    if not arguments.data:
-        return held_out(config, arguments.sequences)
-    files = [path.expanduser() for path in arguments.data]
-    return of_files(files, asked.tokenizer, config.data.context, arguments.sequences)
-
-
-def _results(asked: "Candidate", captures: "Captures") -> Path:
+def _results(checkpoint: Path, captures: "Captures") -> Path:
     """Where an analysis stands if no other place is given."""
+    from dreamer_jax.evaluation.checkpoints import run_folder
+
     about = captures.about
     suffix = "" if about.depth == about.trained_depth else f"-depth{about.depth}"
-    return asked.folder / "analysis" / f"{about.step}{suffix}"
+    return run_folder(checkpoint) / "analysis" / f"{about.step}{suffix}"
 
 
 def compare(arguments: Arguments) -> int:

@@ -12,12 +12,13 @@ from dreamer_jax.analysis.measure import Sums, added, measure
 from dreamer_jax.analysis.readouts import THRESHOLDS, thresholds
 from dreamer_jax.analysis.removals import count, removals
 from dreamer_jax.analysis.saturation import saturation
-from dreamer_jax.analysis.sequences import First, Sequences
+from dreamer_jax.analysis.sequences import First, Sequences, held_out, of_files
 from dreamer_jax.analysis.trajectories import evenly, plane, trajectories
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.tokenizer import Tokenizer
 from dreamer_jax.dimensions.base import OVER_DEPTHS
 from dreamer_jax.evaluation.checkpoints import Candidate, candidate
+from dreamer_jax.evaluation.checkpoints import all_checkpoints as kept_checkpoints
 from dreamer_jax.inference.decoder import Decoder
 from dreamer_jax.model_config import ModelConfig
 
@@ -41,6 +42,39 @@ class Settings:
     trace: str = ""
     """The text whose tokens' trajectories are shown; the first row's first document if empty."""
     seed: int = 0
+
+
+def look_into(
+    checkpoint: Path,
+    *,
+    data: Sequence[Path] = (),
+    most: int = 1000,
+    depth: int | None = None,
+    all_checkpoints: bool = False,
+    settings: Settings | None = None,
+    progress: Progress = lambda what, total: lambda: None,
+) -> Captures:
+    """What a checkpoint does with its depths and experts.
+
+    Args:
+        checkpoint: a run folder, whose newest checkpoint counts, or one of its checkpoints.
+        data: JSON-lines files of documents; by default the run's held-out rows are read.
+        most: packed rows to read, at most.
+        depth: how many depths run, the trained number if None.
+        all_checkpoints: whether the routers of the run's earlier checkpoints are compared with this one's.
+        settings: how.
+        progress: shows how far it is.
+
+    Raises:
+        AnalysisError: there is nothing to read.
+        CheckpointError, DataError, ConfigError, EvaluationError: what is given cannot be used.
+    """
+    asked = candidate(checkpoint)
+    config, kept = asked.loaded.config, kept_checkpoints(asked.folder) if all_checkpoints else []
+    paths = [path.expanduser() for path in data]
+    sequences = of_files(paths, asked.tokenizer, config.data.context, most) if paths else held_out(config, most)
+    earlier = [path for path in kept if int(path.name) < asked.loaded.step]
+    return analyze(asked, sequences, settings or Settings(), depth=depth, earlier=earlier, progress=progress)
 
 
 def analyze(

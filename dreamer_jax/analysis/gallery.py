@@ -9,6 +9,7 @@ from dreamer_jax.analysis.captures import Captures
 from dreamer_jax.analysis.figures import depths as draw_depths
 from dreamer_jax.analysis.figures import experts as draw_experts
 from dreamer_jax.analysis.figures.experts import Routings
+from dreamer_jax.figures import image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,10 @@ class Plate(NamedTuple):
     text: str
     """What is drawn, how to read it, what it does not show."""
     figure: "Figure"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        return image(self.figure, "png", dpi=80)
 
 
 class Missing(NamedTuple):

@@ -35,7 +35,7 @@ def measure(decoder: Decoder, batch: Batch, response_only: bool) -> Sums:
 
 def added(sums: Sums | None, more: Sums) -> Sums:
     """Two sums together."""
-    return more if sums is None else {name: sums[name] + more[name] for name in more}
+    return more if sums is None else {name: np.asarray(sums[name] + more[name]) for name in more}
 
 
 @jax.jit
