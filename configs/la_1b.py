@@ -26,6 +26,7 @@ from dreamer_jax.config import (
     DataConfig,
     DepthAttentionConfig,
     ExpertAttentionConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     RouterConfig,
@@ -85,4 +86,5 @@ def get_config() -> Config:
             validation_batches=1,
         ),
         checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(figures_every=1000),
     )

@@ -13,6 +13,7 @@ from dreamer_jax.config import (
     DataConfig,
     DepthAttentionConfig,
     ExpertAttentionConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     RouterConfig,
@@ -67,4 +68,5 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, gradient_clip=1.0, expert_bias_rate=3e-2),
         train=TrainConfig(steps=240, batch=4, dtype="float32", remat="products", validate_every=80),
         checkpoint=CheckpointConfig(every=80),
+        log=LogConfig(figures_every=80),
     )

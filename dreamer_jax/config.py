@@ -302,6 +302,9 @@ class LogConfig:
     """Also report to Weights & Biases (needs the wandb extra)."""
     project: Word = "dreamer-jax"
     """Weights & Biases project."""
+    figures_every: CountOrZero = 0
+    """Steps between figures in TensorBoard and Weights & Biases: where depths look, which experts they use; 0 for
+    none."""
     sample_prompt: Text = ""
     """Prompt answered at the end of training; empty for the first held-out prompt."""
 

@@ -18,7 +18,7 @@ from dreamer_jax.distributed import joined
 from dreamer_jax.door import guarded, unbreakable_output
 
 if TYPE_CHECKING:
-    from dreamer_jax.training.loop import Look, Summary
+    from dreamer_jax.training.loop import Draw, Look, Summary
 
 USAGE = """python -m dreamer_jax.train --config FILE [--section.key value ...]
 
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
 
         if group.count == 1:
             use_cores(config)
-        summary = train(config, group, benchmarks(config))
+        summary = train(config, group, benchmarks(config), figures(config))
     code = interrupted_code() if summary.stopped_by else 0
     all_is_saved(code)
     if group.index:
@@ -83,6 +83,15 @@ def benchmarks(config: Config) -> "Look | None":
     from dreamer_jax.evaluation.snapshots import Benchmarks
 
     return Benchmarks.of(config.train)
+
+
+def figures(config: Config) -> "Draw | None":
+    """What `log.figures_every` asks for; None if nothing would show it."""
+    if not config.log.figures_every or not (config.log.tensorboard or config.log.wandb):
+        return None
+    from dreamer_jax.analysis.live import live_figures
+
+    return live_figures
 
 
 def sample(summary: "Summary") -> str:

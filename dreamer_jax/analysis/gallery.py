@@ -160,7 +160,11 @@ def _routers(captures: Captures) -> Iterator[Plate]:
             "entropy, so routers of different sizes do not compare in it. Both are means, and hide how tokens differ.",
             draw_experts.router_confidence(
                 {dimension: captures[f"experts/{dimension}/entropy"] for dimension in routers},
-                {dimension: captures[f"experts/{dimension}/margin"] for dimension in routers},
+                # Where all experts are selected, none is left out.
+                {
+                    dimension: captures[f"experts/{dimension}/margin"]
+                    for dimension in captures.names("experts/*/margin")
+                },
             ),
         )
 

@@ -107,7 +107,7 @@ def _look(at: Glimpse) -> tuple[Sums, Array, Array]:
     }
     for name, update in at.updates.items():
         sums |= {f"residual/update/{name}": _mean_square(update.residual, at.counted)}
-        sums |= _routing_sums(name, update, at.counted) | _attention_sums(name, update, at.counted)
+        sums |= _routing_sums(name, update, at.counted) | attention_sums(name, update, at.counted)
     return sums, at.x, step.astype(at.x.dtype)
 
 
@@ -134,7 +134,8 @@ def _routing_sums(name: str, update: Update, counted: Bool[Array, "B T"]) -> Sum
     return sums
 
 
-def _attention_sums(name: str, update: Update, counted: Bool[Array, "B T"]) -> Sums:
+def attention_sums(name: str, update: Update, counted: Bool[Array, "B T"]) -> Sums:
+    """Of one depth: weights, and weights times norms of values, of a dimension that shows a map."""
     if update.attention is None or update.value_norms is None:
         return {}
     weight, where = update.attention, counted[..., None, None]

@@ -1,9 +1,11 @@
 """The training run: data, state, steps, figures, checkpoints; resumes by itself."""
 
+import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,15 +86,22 @@ class Snapshot(NamedTuple):
 
 Look = Callable[[Snapshot], metrics.Record]
 """Figures of a snapshot, for the run's records; every process calls it."""
+Draw = Callable[[Snapshot, Batch | None, Mapping[str, np.ndarray]], metrics.Images]
+"""Images of a snapshot: draw(snapshot, rows, counts). Every process calls it; those of process 0 are written.
+
+The rows are held-out ones, one on each device, or None where there are none. The counts [L, E] are, by router, how
+often the newest step selected each expert.
+"""
 
 
-def train(config: Config, group: Group | None = None, look: Look | None = None) -> Summary:
+def train(config: Config, group: Group | None = None, look: Look | None = None, draw: Draw | None = None) -> Summary:
     """Train to `train.steps`, from the newest checkpoint of the run folder if there is one.
 
     Args:
         config: the run.
         group: the processes that take part, each of which calls this; process 0 prints and writes records.
         look: what `train.evaluate_every` calls.
+        draw: what `log.figures_every` calls.
 
     Raises:
         ConfigError: the config does not fit the devices, or differs in its model from the run's checkpoints.
@@ -119,7 +128,8 @@ def train(config: Config, group: Group | None = None, look: Look | None = None) 
         if group.index == 0:
             write_run_files(config.run_dir, config, prepared.tokenizer)
         with Sinks(config, step=start.step, process=group.index) as sinks:
-            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, Agreement(asked, mesh), group, start, look)
+            stop = Agreement(asked, mesh)
+            run = _Run(config, mesh, graph, prepared, checkpoints, sinks, stop, group, start, look, draw)
             state, step = run.steps(state)
             stopped_by = (asked.signal_name or "a signal to another process") if step < config.train.steps else None
             validation = None if stopped_by else run.finished(state, step)
@@ -216,6 +226,7 @@ class _Run:
     group: Group
     start: _Start
     look: Look | None = None
+    draw: Draw | None = None
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
@@ -243,13 +254,15 @@ class _Run:
                 self.read(*pending)
                 self.check_divergence(state)
             pending = (step, result, biases)
-            if self._saves(step) or self._validates(step) or self._evaluates(step):
+            if self._saves(step) or self._validates(step) or self._evaluates(step) or self._draws(step):
                 # A checkpoint comes after its own step's records, so that a resumed run's records have no gap.
                 self.read(*pending)
                 self.check_divergence(state)
                 pending = None
             if self._validates(step):
                 self.validate(state, step)
+            if self._draws(step):
+                self.illustrate(state, step, result)
             if self._saves(step):
                 self.save(state, step)
             if self.agreement.stop() or step == self.config.train.steps:
@@ -371,25 +384,47 @@ class _Run:
         return total / count
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Let benchmarks look at the model; the time that it takes does not count as training.
-
-        What keeps them from it does not end the training.
-        """
+        """Let benchmarks look at the model."""
         assert self.look
+        with self.aside(state, step, "evaluation", "not evaluated") as snapshot:
+            self.sinks.write(step, self.look(snapshot))
+
+    def illustrate(self, state: TrainState, step: int, result: StepResult) -> None:
+        """Let figures be drawn of the model, and of how this step used its experts."""
+        assert self.draw
+        rows = self.few_rows  # out here: a process that cannot read them must not go on while others wait for it
+        with self.aside(state, step, "figures", "no figures") as snapshot:
+            counts = jax.device_get({name: router.counts for name, router in result.figures.routers.items()})
+            self.sinks.show(step, self.draw(snapshot, rows, counts))
+
+    @contextlib.contextmanager
+    def aside(self, state: TrainState, step: int, what: str, failed: str) -> Iterator[Snapshot]:
+        """The model, for something whose time does not count as training.
+
+        What keeps it from being done does not end the training.
+        """
         started = time.monotonic()
 
         def beat() -> None:
-            self.group.beat(f"the evaluation of step {step}", slow=True)
+            self.group.beat(f"the {what} of step {step}", slow=True)
 
         beat()
         model = nnx.merge(self.graph, state.params, state.biases)
         try:
-            record = self.look(Snapshot(self.config, model, self.mesh, self.prepared.tokenizer, beat))
-            self.sinks.write(step, record)
+            yield Snapshot(self.config, model, self.mesh, self.prepared.tokenizer, beat)
         except DreamerError as error:
-            self.sinks.say(f"step {step}: not evaluated: {error}")
+            self.sinks.say(f"step {step}: {failed}: {error}")
         self.reporter.pause(time.monotonic() - started)
         self.group.beat(f"step {step + 1}")
+
+    @functools.cached_property
+    def few_rows(self) -> Batch | None:
+        """The first held-out rows, one on each device; None where there are none."""
+        count = self.mesh.size
+        few = replace(self.config, train=replace(self.config.train, batch=count, microbatches=1, validation_batches=1))
+        held = held_rows(self.place, count)
+        batch = next(batches(self.prepared, few, split="validation", held=held), None)
+        return None if batch is None else place_rows(self.place, count, held, batch)
 
     def batches(self, split: Any) -> Iterator[Batch]:
         """Batches on the devices."""
@@ -418,6 +453,10 @@ class _Run:
     def _evaluates(self, step: int) -> bool:
         every = self.config.train.evaluate_every
         return self.look is not None and every > 0 and step % every == 0
+
+    def _draws(self, step: int) -> bool:
+        every = self.config.log.figures_every
+        return self.draw is not None and every > 0 and step % every == 0
 
     def _validates(self, step: int) -> bool:
         every = self.config.train.validate_every

@@ -1,20 +1,22 @@
 """From what a step reports to what people read: figures, records, and the sinks that records are written to.
 
 A record maps flat names, "theme/figure", to a number or to one number per depth. It goes to metrics.jsonl, to
-TensorBoard, to Weights & Biases if asked for, and in part to the progress line.
+TensorBoard, to Weights & Biases if asked for, and in part to the progress line. TensorBoard and W&B take images, too.
 """
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, SupportsFloat, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -29,6 +31,10 @@ from dreamer_jax.files import open_without_links, write_whole
 Record = dict[str, float | list[float]]
 Write = Callable[[int, Record], None]
 """write(step, record)."""
+Images = Mapping[str, bytes]
+"""PNG files by flat names, "figures/da"."""
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+"""Channels of an image by the colour type that its PNG file names: grey, RGB, palette, grey and alpha, RGBA."""
 
 
 @runtime_checkable
@@ -221,8 +227,7 @@ class Sinks:
         """Nothing is opened yet. `process` is `jax.process_index()`, `stream` shows the progress (default: stderr)."""
         self._config, self._step, self._active = config, step, process == 0
         self._stream = stream
-        self._writes: list[Write] = []
-        self._flush: Callable[[], None] = lambda: None
+        self._sinks: list[Sink] = []
         self._progress: Progress | None = None
         self._stack = contextlib.ExitStack()
 
@@ -233,13 +238,12 @@ class Sinks:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:  # closes what is open already if the next does not open
             if config.log.wandb:
-                self._writes.append(stack.enter_context(wandb_sink(config, step)))
-            self._writes.append(stack.enter_context(json_lines_sink(folder / "metrics.jsonl", step)))
+                self._sinks.append(stack.enter_context(wandb_sink(config, step)))
+            self._sinks.append(stack.enter_context(json_lines_sink(folder / "metrics.jsonl", step)))
             if config.log.tensorboard:
-                write, self._flush = stack.enter_context(tensorboard_sink(folder / "tensorboard", step))
-                self._writes.append(write)
+                self._sinks.append(stack.enter_context(tensorboard_sink(folder / "tensorboard", step)))
             self._progress = stack.enter_context(Progress(config.train.steps, step, self._stream or sys.stderr))
-            self._writes.append(self._progress.show)
+            self._sinks.append(Sink(self._progress.show))
             self._stack = stack.pop_all()
         return self
 
@@ -255,12 +259,11 @@ class Sinks:
 
     def write(self, step: int, record: Record) -> None:
         """Send a record to every sink; one that cannot take it, on a full disk say, gets no more."""
-        for write in list(self._writes):
-            try:
-                write(step, record)
-            except OSError as error:
-                self._writes.remove(write)
-                self.say(f"step {step}: a record cannot be written ({error}); the run goes on without this report")
+        self._to_each(step, lambda sink: sink.write(step, record))
+
+    def show(self, step: int, images: Images) -> None:
+        """Send images to the sinks that take them; as `write`."""
+        self._to_each(step, lambda sink: sink.show(step, images))
 
     def say(self, message: str) -> None:
         """Print a line beside the progress, without tearing it."""
@@ -269,11 +272,29 @@ class Sinks:
 
     def flush(self) -> None:
         """Hand everything that was written to the system, so that a kill does not lose it."""
-        self._flush()
+        for sink in self._sinks:
+            sink.flush()
+
+    def _to_each(self, step: int, hand_over: "Callable[[Sink], None]") -> None:
+        for sink in list(self._sinks):
+            try:
+                hand_over(sink)
+            except OSError as error:
+                self._sinks.remove(sink)
+                self.say(f"step {step}: a record cannot be written ({error}); the run goes on without this report")
+
+
+class Sink(NamedTuple):
+    """One place that records go to."""
+
+    write: Write
+    show: Callable[[int, Images], None] = lambda step, images: None
+    """show(step, images); most take numbers only."""
+    flush: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
-def json_lines_sink(path: Path, step: int) -> Iterator[Write]:
+def json_lines_sink(path: Path, step: int) -> Iterator[Sink]:
     """One JSON object a line. Numbers that are not finite become null: JSON has none, and readers give NaN for it."""
     drop_later_records(path, step)
     descriptor = open_without_links(path, os.O_WRONLY | os.O_APPEND)
@@ -283,7 +304,7 @@ def json_lines_sink(path: Path, step: int) -> Iterator[Write]:
         os.write(descriptor, (json.dumps({"step": step, **valid}, allow_nan=False) + "\n").encode())
 
     try:
-        yield write
+        yield Sink(write)
     finally:
         os.close(descriptor)
 
@@ -298,8 +319,8 @@ def drop_later_records(path: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def tensorboard_sink(folder: Path, step: int) -> Iterator[tuple[Write, Callable[[], None]]]:
-    """TensorBoard events, and their flush: a list is one scalar a depth. What a crash left of later steps is voided."""
+def tensorboard_sink(folder: Path, step: int) -> Iterator[Sink]:
+    """TensorBoard events: a list is one scalar a depth. What a crash left of later steps is voided."""
     with SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30) as writer:
 
         def write(step: int, record: Record) -> None:
@@ -307,11 +328,20 @@ def tensorboard_sink(folder: Path, step: int) -> Iterator[tuple[Write, Callable[
             values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
             writer.file_writer.add_summary(Summary(value=values), step)
 
-        yield write, writer.flush
+        def show(step: int, images: Images) -> None:
+            values = [Summary.Value(tag=name, image=_summary_image(png)) for name, png in images.items()]
+            writer.file_writer.add_summary(Summary(value=values), step)
+
+        yield Sink(write, show, writer.flush)
+
+
+def _summary_image(png: bytes) -> Any:
+    width, height, _, kind = struct.unpack(">IIBB", png[16:26])  # the first fields of every PNG file
+    return Summary.Image(width=width, height=height, colorspace=PNG_CHANNELS[kind], encoded_image_string=png)
 
 
 @contextlib.contextmanager
-def wandb_sink(config: Config, step: int) -> Iterator[Write]:
+def wandb_sink(config: Config, step: int) -> Iterator[Sink]:
     """Weights & Biases; a resumed run goes on in the same W&B run, whose id lies in the run's folder.
 
     W&B does not rewind: it ignores the steps between the checkpoint and a crash when they are taken again.
@@ -329,9 +359,18 @@ def wandb_sink(config: Config, step: int) -> Iterator[Write]:
         dir=str(config.run_dir),
         config=dataclasses.asdict(config),
     )
+
+    def picture(png: bytes) -> Any:
+        from PIL import Image  # late: few runs need it
+
+        return wandb.Image(Image.open(io.BytesIO(png)))
+
     try:
         write_whole(id_file, run.id + "\n")
-        yield lambda step, record: run.log(scalars(record), step=step)
+        yield Sink(
+            lambda step, record: run.log(scalars(record), step=step),
+            lambda step, images: run.log({name: picture(png) for name, png in images.items()}, step=step),
+        )
     except BaseException:
         run.finish(exit_code=1)
         raise

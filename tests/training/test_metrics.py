@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from dreamer_jax.config import Config, ConfigError, LogConfig, TrainConfig
@@ -273,14 +274,48 @@ def test_tensorboard_voids_the_steps_that_are_taken_again(tmp_path: Path) -> Non
     assert starts[-1] == 5
 
 
+def png(width: int, height: int, mode: str = "RGBA") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (width, height)).save(file, "png")
+    return file.getvalue()
+
+
+def test_tensorboard_shows_images_and_the_records_file_does_not(tmp_path: Path) -> None:
+    grey = png(7, 5, "L")
+    with Sinks(run_config(tmp_path), step=0, process=0, stream=io.StringIO()) as sinks:
+        sinks.show(3, {"figures/da": png(30, 20), "figures/load": grey})
+    values = [(event.step, value) for event in event_messages(tmp_path) for value in event.summary.value]
+    assert [(step, value.tag) for step, value in values] == [(3, "figures/da"), (3, "figures/load")]
+    first, second = (value.image for _, value in values)
+    assert (first.width, first.height, first.colorspace) == (30, 20, 4)
+    assert (second.width, second.height, second.colorspace) == (7, 5, 1)
+    assert second.encoded_image_string == grey
+    assert records(tmp_path) == []
+
+
+def test_a_sink_that_cannot_take_an_image_gets_no_more(tmp_path: Path, wandb_runs: list[Any]) -> None:
+    stream = io.StringIO()
+    with Sinks(run_config(tmp_path, wandb=True), step=0, process=0, stream=stream) as sinks:
+        wandb_runs[0][1].full = True
+        for step in (1, 2):
+            sinks.show(step, {"figures/da": png(3, 2)})
+            sinks.write(step, {"a": 1.0})
+    assert stream.getvalue().count("cannot be written (disk full)") == 1
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+    assert [event.step for event in event_messages(tmp_path) if event.summary.value] == [1, 1, 2, 2]
+
+
 # Weights & Biases.
 
 
 class FakeRun:
     def __init__(self, identity: str):
         self.id, self.logged, self.exit_code = identity, [], "running"
+        self.full = False
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if self.full:
+            raise OSError("disk full")
         self.logged.append((step, values))
 
     def finish(self, exit_code: int | None = None) -> None:
@@ -298,6 +333,7 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     module = types.ModuleType("wandb")
     monkeypatch.setattr(module, "init", init, raising=False)
+    monkeypatch.setattr(module, "Image", lambda picture: ("an image", picture.size), raising=False)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return runs
 
@@ -311,6 +347,12 @@ def test_wandb_gets_flat_numbers_and_the_config(tmp_path: Path, wandb_runs: list
     assert arguments["config"]["model"]["depth"] == config.model.depth
     assert run.logged == [(1, {"a": 1.0, "b/00": 2.0, "b/01": 3.0})]
     assert run.exit_code is None
+
+
+def test_wandb_gets_images(tmp_path: Path, wandb_runs: list[Any]) -> None:
+    with Sinks(run_config(tmp_path, wandb=True), step=0, process=0, stream=io.StringIO()) as sinks:
+        sinks.show(2, {"figures/da": png(30, 20)})
+    assert wandb_runs[0][1].logged == [(2, {"figures/da": ("an image", (30, 20))})]
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_does_not(tmp_path: Path, wandb_runs: list[Any]) -> None:
