@@ -35,7 +35,7 @@ class Arguments:
     batch: int = 8
     """Rows at a time, over all devices."""
     removal_sequences: int = 32
-    """Rows on which the effect of leaving parts out is measured; 0 leaves these figures away."""
+    """Rows on which the effect of leaving parts out is measured; with 0 these figures are left out."""
     all: bool = False
     """Also compare the routers of every checkpoint that the run keeps with this one's: router saturation."""
     trace: str = ""
@@ -45,8 +45,8 @@ class Arguments:
     seed: int = 0
     """Of the order in which experts are drawn."""
     compare: tuple[Path, ...] = ()
-    """Run folders (the newest analysis counts), or folders of analyses, to put side by side; LA first, if there is
-    one."""
+    """Run folders (the newest analysis counts), or folders of analyses, to put side by side. The first LA among them is
+    what the others are compared with."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +74,8 @@ def analyze(arguments: Arguments) -> int:
     from dreamer_jax.analysis.analysis import Settings, look_into
 
     assert arguments.checkpoint
+    if arguments.out:  # a folder that cannot be made is missed now
+        arguments.out.expanduser().mkdir(parents=True, exist_ok=True)
     captures = look_into(
         arguments.checkpoint,
         data=arguments.data,
@@ -107,8 +109,8 @@ def compare(arguments: Arguments) -> int:
 
     if len(arguments.compare) < 2:
         raise AnalysisError("--compare needs two runs or more: --compare RUN RUN")
-    found = [load(newest(path.expanduser())) for path in arguments.compare]
-    _report(found, (arguments.out or arguments.compare[0] / "analysis" / "comparison").expanduser())
+    folders = [newest(path.expanduser()) for path in arguments.compare]
+    _report([load(folder) for folder in folders], (arguments.out or folders[0].parent / "comparison").expanduser())
     return 0
 
 

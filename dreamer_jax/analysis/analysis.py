@@ -12,7 +12,7 @@ from dreamer_jax.analysis.measure import Sums, added, measure
 from dreamer_jax.analysis.readouts import THRESHOLDS, thresholds
 from dreamer_jax.analysis.removals import count, removals
 from dreamer_jax.analysis.saturation import saturation
-from dreamer_jax.analysis.sequences import First, Sequences, held_out, of_files
+from dreamer_jax.analysis.sequences import First, Sequences, held_out, of_files, usable
 from dreamer_jax.analysis.trajectories import evenly, plane, trajectories
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from dreamer_jax.evaluation.checkpoints import all_checkpoints as kept_checkpoin
 from dreamer_jax.inference.decoder import Decoder
 from dreamer_jax.model_config import ModelConfig
 
-TRACED = 8
+TRACED = 6
 """Tokens whose trajectories are shown, at most."""
 
 Progress = Callable[[str, int], Callable[[], None]]
@@ -72,7 +72,9 @@ def look_into(
     asked = candidate(checkpoint)
     config, kept = asked.loaded.config, kept_checkpoints(asked.folder) if all_checkpoints else []
     paths = [path.expanduser() for path in data]
-    sequences = of_files(paths, asked.tokenizer, config.data.context, most) if paths else held_out(config, most)
+    sequences = (
+        of_files(paths, asked.tokenizer, config.data.context, most) if paths else held_out(config, asked.folder, most)
+    )
     earlier = [path for path in kept if int(path.name) < asked.loaded.step]
     return analyze(asked, sequences, settings or Settings(), depth=depth, earlier=earlier, progress=progress)
 
@@ -101,7 +103,7 @@ def analyze(
         ConfigError: the model cannot run at this depth.
     """
     config, decoder = asked.loaded.config, asked.decoder(settings.expert_devices, depth)
-    size = -(-settings.batch // decoder.parts) * decoder.parts
+    size = -(-min(settings.batch, len(sequences)) // decoder.parts) * decoder.parts
     response_only = config.data.response_only
     sums, tick = None, progress("batches", -(-len(sequences) // size))
     for batch in sequences.batches(size):
@@ -139,9 +141,6 @@ def means(sums: Sums, model: ModelConfig, depth: int) -> dict[str, np.ndarray]:
         if of_dimension and arrays[name].dtype.kind == "f":
             dimension = words[1] if words[0] == "update" else words[0]
             arrays[name][np.setdiff1d(np.arange(depth), model.depths_of(dimension, depth))] = np.nan
-    for name in [name for name in arrays if name.endswith("/together_per_depth")]:
-        if model.depth_recurrent:
-            arrays[name.removesuffix("_per_depth")] = np.sum(arrays.pop(name), axis=0)
     for name, section in model.dimensions.items():
         if f"attention/{name}/weight" in arrays:
             arrays[f"attention/{name}/visible"] = np.array(section.visible(model, depth), bool)
@@ -186,6 +185,8 @@ def _saturations(
 def _trajectories(
     decoder: Decoder, sums: Sums, sequences: Sequences, trace: str, tokenizer: Tokenizer
 ) -> dict[str, np.ndarray]:
+    if trace and not usable(trace):
+        raise AnalysisError("--trace is blank, or no Unicode text: give another one")
     if trace:
         tokens = [tokenizer.bos, *tokenizer.encode(trace)][: sequences.context]
     else:
@@ -195,8 +196,14 @@ def _trajectories(
     return {
         "trajectory/points": trajectories(decoder, found, tokens, chosen),
         "trajectory/explained": found.explained,
-        "trajectory/token": np.array([tokenizer.decode([tokens[i]]) for i in chosen]),
+        "trajectory/token": np.array([_label(tokens[i], tokenizer) for i in chosen]),
     }
+
+
+def _label(token: int, tokenizer: Tokenizer) -> str:
+    """The text of a token; a name for those that have none."""
+    special, text = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}, tokenizer.decode([token])
+    return special.get(token) or (text if text.strip("\ufffd") else f"<{token}>")
 
 
 def _about(asked: Candidate, sequences: Sequences, settings: Settings, decoder: Decoder) -> About:

@@ -10,12 +10,14 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from dreamer_jax.errors import DreamerError
 from dreamer_jax.files import write_whole
@@ -56,7 +58,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "removal/loss": (),  # with nothing left out, of the same sequences
     "removal/dimension/*": (),  # without this dimension
     "removal/update/*": ("depth",),  # without this dimension at one depth
-    "removal/depth": ("depth",),  # without one depth: no updates, and later depths do not attend to it
+    "removal/depth": ("depth",),  # without one depth: no updates, later depths do not attend to it; DR's norm stays
     "removal/entry/*": ("depth", "entry"),  # one depth does not attend to one entry; NaN where it could not
     # Saturation: share of a token's experts at the last checkpoint that an earlier one selected as well.
     "saturation/step": ("checkpoint",),
@@ -105,6 +107,8 @@ class About:
     entries: dict[str, str] = field(default_factory=dict)
     """By dimension, what the entries of its map of attention are: "source depth", "latent", ..."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
 
 @dataclass(frozen=True)
 class Captures:
@@ -114,6 +118,8 @@ class Captures:
     about: About
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.arrays:
+            raise AnalysisError(f"the captures of '{self.about.run}' lack '{name}': analyze the checkpoint again")
         return self.arrays[name]
 
     def __contains__(self, name: str) -> bool:
@@ -127,12 +133,17 @@ class Captures:
     def save(self, folder: Path) -> None:
         """Write captures.npz, captures.json and csv/NAME.csv for each array, with a dot for each / of its name."""
         (folder / TABLES).mkdir(parents=True, exist_ok=True)
+        about = json.dumps(asdict(self.about), indent=2, allow_nan=False) + "\n"
         packed = io.BytesIO()
-        np.savez_compressed(packed, **self.arrays)  # type: ignore[arg-type]  # its stub takes the names for options
+        np.savez_compressed(packed, **self.arrays, **{ABOUT: np.array(about)})  # type: ignore[arg-type]  # by its stub
         write_whole(folder / ARRAYS, packed.getvalue())
-        write_whole(folder / ABOUT, json.dumps(asdict(self.about), indent=2, allow_nan=False) + "\n")
-        for name, array in self.arrays.items():
-            write_whole(folder / TABLES / f"{name.replace('/', '.')}.csv", table(array, axes_of(name)))
+        write_whole(folder / ABOUT, about)
+        tables = {f"{name.replace('/', '.')}.csv": name for name in self.arrays}
+        for file, name in tables.items():
+            write_whole(folder / TABLES / file, table(self[name], axes_of(name)))
+        for path in (folder / TABLES).glob("*.csv"):  # of an earlier analysis that had more
+            if path.name not in tables and _is_name(path.stem.replace(".", "/")):
+                path.unlink()
 
 
 def load(folder: Path) -> Captures:
@@ -141,18 +152,17 @@ def load(folder: Path) -> Captures:
     Raises:
         AnalysisError: there are none, or they cannot be read.
     """
-    if not (folder / ARRAYS).is_file() or not (folder / ABOUT).is_file():
-        raise AnalysisError(f"'{folder}' has no captures ({ARRAYS} and {ABOUT}): analyze a checkpoint first")
+    if not (folder / ARRAYS).is_file():
+        raise AnalysisError(f"'{folder}' has no captures ({ARRAYS}): analyze a checkpoint first")
     try:
-        about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
         with np.load(io.BytesIO((folder / ARRAYS).read_bytes()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise AnalysisError(
-            f"the captures in '{folder}' cannot be read ({error}): analyze the checkpoint again"
-        ) from error
-    for name in arrays:
-        axes_of(name)
+        about = TypeAdapter(About).validate_json(str(arrays.pop(ABOUT)))
+        for name in arrays:
+            axes_of(name)
+    except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        said = str(error).partition("\n")[0]
+        raise AnalysisError(f"the captures in '{folder}' cannot be read ({said}): analyze again") from error
     return Captures(arrays, about)
 
 
@@ -163,6 +173,13 @@ def axes_of(name: str) -> tuple[str, ...]:
         AnalysisError: no array has this name.
     """
     return AXES[_pattern(name)]
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(_pattern(name))
+    except AnalysisError:
+        return False
 
 
 def _pattern(name: str) -> str:

@@ -131,13 +131,6 @@ def experts_for(counts: Int[np.ndarray, "*stack E"], share: float = SHARE) -> In
     return _fewest(counts, share)
 
 
-def effective_experts(counts: Int[np.ndarray, "*stack E"]) -> Float[np.ndarray, "*stack"]:
-    """The exponential of the shares' entropy: E if all are equally busy, 1 if one has all, 0 if there are no counts."""
-    shares = _shares(counts, axis=-1)
-    entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
-    return np.where(counts.any(axis=-1), np.exp(entropy), 0)
-
-
 def diversity(
     counts: Int[np.ndarray, "L E"], baseline: Int[np.ndarray, "layers experts"] | None = None
 ) -> Float[np.ndarray, "L"]:

@@ -99,7 +99,7 @@ def _experts(captures: Captures) -> Iterator[Plate]:
                 "those that serve one or two depths to those that serve many, and within a group by a depth drawn "
                 "from their own distribution. Experts that were never selected are left out. How "
                 "busy an expert is does not show.",
-                draw_experts.depths_of_experts(counts),
+                draw_experts.depths_of_experts(counts, seed=captures.about.seed),
             )
         yield Plate(
             f"figure_6_{dimension}",
@@ -116,14 +116,18 @@ def _experts(captures: Captures) -> Iterator[Plate]:
                 "How the selections of each depth are spread over experts, P(expert | depth), with the experts in the "
                 "order of Figure 5. A bright cell is an expert that a depth selects often. A row says nothing of how "
                 "useful its experts are.",
-                draw_experts.experts_of_depths(counts),
+                draw_experts.experts_of_depths(counts, seed=captures.about.seed),
             )
         yield from _coactivation(captures, dimension)
 
 
 def _coactivation(captures: Captures, dimension: str) -> Iterator[Plate]:
     """Of all depths together where they share their experts; else of the first and the last."""
-    counts, active = captures[f"experts/{dimension}/counts"], captures.about.active[dimension]
+    counts, active, seed = (
+        captures[f"experts/{dimension}/counts"],
+        captures.about.active[dimension],
+        captures.about.seed,
+    )
     title = f"Experts of {dimension.upper()} that are selected together"
     text = (
         "How many times as often as by chance two experts are selected for the same token. Pairs that stand out work "
@@ -131,12 +135,13 @@ def _coactivation(captures: Captures, dimension: str) -> Iterator[Plate]:
         "meet more often for this alone."
     )
     if (name := f"experts/{dimension}/together") in captures:
-        drawn = draw_experts.coactivation(captures[name], counts, int(counts.sum()) // active)
+        drawn = draw_experts.coactivation(captures[name], counts, int(counts.sum()) // active, seed=seed)
         yield Plate(f"coactivation_{dimension}", title, text, drawn)
     if (name := f"experts/{dimension}/together_per_depth") in captures:
         busy = np.flatnonzero(counts.any(axis=1)).tolist()
         for l in sorted({*busy[:1], *busy[-1:]}):
-            drawn = draw_experts.coactivation(captures[name][l], counts[l : l + 1], int(counts[l].sum()) // active)
+            tokens = int(counts[l].sum()) // active
+            drawn = draw_experts.coactivation(captures[name][l], counts[l : l + 1], tokens, seed=seed)
             yield Plate(f"coactivation_{dimension}_{l + 1}", f"{title} at depth {l + 1}", text, drawn)
 
 
@@ -246,8 +251,8 @@ def _removals(captures: Captures) -> Iterator[Plate]:
             "Loss without a part",
             "By how much the loss changes with one depth, or a dimension at one depth (left), or a dimension at all "
             f"depths (right) left out, on {captures.about.removal_sequences:,} sequences. The larger the change, the "
-            "more the rest depends on the part. The model was not trained without it, so this does not say what "
-            "another model would need.",
+            "more the rest depends on the part. In DR the residual norm between depths stays. The model was not "
+            "trained without the part, so this does not say what another model would need.",
             draw_depths.removals(float(captures["removal/loss"]), captures["removal/depth"], updates, whole),
         )
     for dimension in captures.names("removal/entry/*"):
@@ -367,7 +372,7 @@ def _plate_of_settling(runs: Runs) -> Plate:
         "Where predictions settle",
         "Share of positions whose likeliest token is final from this depth on, and was not before; on the right, up to "
         "this depth. A large share at "
-        "the last depth are tokens that are still open when the depths end. A token that settles need not be right.",
+        "the last depth means that many tokens are open to the end. A token that settles need not be right.",
         draw_depths.settling(_by_run(runs, "lens/settled")),
     )
 

@@ -58,12 +58,21 @@ def _local_sums(decoder: Decoder, tokens: Array, positions: Array, segment_ids: 
     return {
         "tokens": jnp.sum(counted),
         "positions": jnp.sum(weights > 0),
-        **sums,
+        **(_over_depths(sums) if decoder.config.depth_recurrent else sums),
         "residual/cosine": _cosines(step, counted),
         **_moments(seen, counted),
         **readout_sums(
             model, decoder.compute, lens_states(model, seen, passed.hidden), targets, weights, _latent_change(seen)
         ),
+    }
+
+
+def _over_depths(sums: Sums) -> Sums:
+    """With the pairs of experts that all depths share added up."""
+    per_depth = "_per_depth"
+    return {
+        name.removesuffix(per_depth): jnp.sum(value, axis=0) if name.endswith(per_depth) else value
+        for name, value in sums.items()
     }
 
 

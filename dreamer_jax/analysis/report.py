@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 
 from dreamer_jax.analysis.captures import CHANGES, AnalysisError, Captures
-from dreamer_jax.analysis.experts import NONE, Row, experts_for, paper_numbers
+from dreamer_jax.analysis.experts import NONE, SHARE, Row, experts_for, paper_numbers
 from dreamer_jax.analysis.gallery import Missing, Plate, compared, labels, missing, plates
 from dreamer_jax.figures import image, save
 from dreamer_jax.files import write_whole
@@ -29,8 +29,6 @@ DPI = 130.0
 """Of a PNG in the page: sharp at the width of a column, and twenty of them are a few megabytes."""
 PIXELS = 110
 """Of an inch of a figure, at most: text of 8 points can be read."""
-MOST = 0.9
-"""The share of a depth's selections whose experts are counted."""
 NUMBER, LONG = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?|–"), 24
 """What is set as a number, and characters from which on a text needs room in its column."""
 
@@ -109,10 +107,10 @@ def _lead(captures: Sequence[Captures]) -> str:
     """What was looked at, in a sentence."""
     about = captures[0].about
     if len(captures) > 1:
-        return "How these models use their depths and experts on held-out text, side by side and one by one."
+        return "How these models use their depths and experts, side by side and one by one."
     return (
         f"How a model of type {about.variant} uses its {about.depth} depths and its experts, after {about.step:,} "
-        f"training steps, on {about.sequences:,} held-out sequences of {about.context:,} tokens."
+        f"training steps. Packed rows that were read: {about.sequences:,} of {about.context:,} tokens; {about.source}."
     )
 
 
@@ -182,7 +180,7 @@ def _expert_columns(captures: Captures) -> dict[str, list[str]]:
     for dimension in captures.names("experts/*/counts"):
         counts = captures[f"experts/{dimension}/counts"]
         found[f"{dimension}: Gini"] = _written(gini(counts), "{:.3f}")
-        found[f"{dimension}: experts for {100 * MOST:.0f} %"] = _written(experts_for(counts, MOST), "{:,}")
+        found[f"{dimension}: experts for {100 * SHARE:.0f} %"] = _written(experts_for(counts), "{:,}")
     return found
 
 
@@ -239,6 +237,9 @@ def _scalar(captures: Captures, name: str) -> int | None:
 def _drawn(found: Sequence[Plate], out: Path, folder: str) -> tuple[Section, ...]:
     """The plates as parts of the page; each is written into a folder beside the page as well."""
     (out / folder).mkdir(parents=True, exist_ok=True)
+    for path in (out / folder).glob("*.[ps][nv]g") if (out / PAGE).is_file() else ():  # of the report that goes
+        if path.stem not in {plate.name for plate in found}:
+            path.unlink()
     saved = (save(plate.figure, out / folder / plate.name) for plate in found)
     return tuple(Section(p.title, _figure(p, files, folder)) for p, files in zip(found, saved, strict=True))
 

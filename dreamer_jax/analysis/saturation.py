@@ -18,7 +18,8 @@ def saturation(
 ) -> dict[str, np.ndarray]:
     """By dimension, for each depth the share of the tokens' experts at the last checkpoint that the earlier selects.
 
-    A token's experts are those selected at this depth. Random choices would share A / E of them.
+    A token's experts are those selected at this depth; where the dimension does not run, the share is NaN. Random
+    choices would share A / E of them.
     """
     sums: dict[str, Any] = {}
     tokens = 0
@@ -29,7 +30,10 @@ def saturation(
         for name, found in shared.items():
             sums[name] = sums.get(name, 0) + found.astype(np.float64)
         tick()
-    return {name: total / max(tokens, 1) for name, total in sums.items()}
+    shares = {name: total / max(tokens, 1) for name, total in sums.items()}
+    for name, share in shares.items():
+        share[np.setdiff1d(np.arange(last.depth), last.config.depths_of(name, last.depth))] = np.nan
+    return shares
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """The packed rows that a model is looked at with: the held-out ones of its run, or those of files."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dreamer_jax.data.sources import render_prompt, render_response
 from dreamer_jax.data.tokenizer import Tokenizer
 from dreamer_jax.evaluation.benchmarks.rows import Row, rows_of
 from dreamer_jax.inference.likelihood import Window, packed
+from dreamer_jax.training.checkpoint import CheckpointError, check_tokenizer
 
 PAIRS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
 """Fields that a row of a file may have in place of `text`."""
@@ -55,14 +57,22 @@ class First:
         return row
 
 
-def held_out(config: Config, most: int) -> Sequences:
-    """At most so many of the run's held-out rows; its data are prepared again if they are gone.
+def held_out(config: Config, run: Path, most: int) -> Sequences:
+    """At most so many of the held-out rows of the run in a folder; its data are prepared again if they are gone.
 
     Raises:
-        AnalysisError: the run has none.
+        AnalysisError: the run has none, or what is prepared now has another tokenizer than the run.
         DataError: the raw files or the prepared data cannot be read.
     """
-    found = rows(prepare(config), config, "validation")
+    prepared = prepare(config)
+    try:
+        check_tokenizer(run, prepared.tokenizer)
+    except CheckpointError:
+        raise AnalysisError(
+            f"'{prepared.directory}' is not what '{run}' was trained on: its tokenizer is another one. Start from the "
+            f"folder where the run was started, or give files with --data"
+        ) from None
+    found = rows(prepared, config, "validation")
     if not len(found):
         raise AnalysisError("the run has no held-out rows: give files with --data")
     return Sequences(First(found, most), config.data.context, "held-out rows of the run")
@@ -78,33 +88,55 @@ def of_files(paths: Sequence[Path], tokenizer: Tokenizer, context: int, most: in
         AnalysisError: a file without a document.
         EvaluationError: a file that cannot be read.
     """
-    documents = [document for path in paths for document in _documents(path, tokenizer)]
-    pieces = [piece for document in documents for piece in _cut(document, context)]
+    documents = itertools.chain.from_iterable(_documents(path, tokenizer) for path in paths)
+    pieces = list(_enough((piece for document in documents for piece in _cut(document, context)), most * context))
     windows = [Window(i, piece["tokens"], 0) for i, piece in enumerate(pieces)]
     laid_out = [lay_out([pieces[w.text] for w in row], context) for row in packed(windows, context)[:most]]
     return Sequences(laid_out, context, ", ".join(path.name for path in paths))
 
 
-def _documents(path: Path, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    found = [_document(row, tokenizer) for row in rows_of(path, ())]
-    documents = [document for document in found if document]
-    if not documents:
+def _enough(pieces: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """The first pieces that have so many tokens together; no more are put into tokens."""
+    seen = 0
+    for piece in pieces:
+        yield piece
+        seen += len(piece["tokens"])
+        if seen >= most:
+            return
+
+
+def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".csv":
+        raise AnalysisError(f"'{path}': documents are read from JSON lines, not from CSV")
+    found = False
+    for row in rows_of(path, ()):
+        if document := _document(row, tokenizer):
+            found = True
+            yield document
+    if not found:
         pairs = ", ".join(f"{a} and {b}" for a, b in PAIRS)
         raise AnalysisError(f"'{path}': no row has a text; the field text is needed, or {pairs}")
-    return documents
 
 
 def _document(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
     """Its tokens and where the response starts; empty for a row without text."""
-    if isinstance(text := row.get("text"), str) and text.strip():
+    if text := usable(row.get("text")):
         return {"tokens": [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], "response_start": 0}
     for first, second in PAIRS:
-        prompt, response = row.get(first), row.get(second)
-        if isinstance(prompt, str) and isinstance(response, str) and prompt.strip() and response.strip():
+        prompt, response = usable(row.get(first)), usable(row.get(second))
+        if prompt and response:
             given = [tokenizer.bos, *tokenizer.encode(render_prompt(prompt.strip()))]
             answer = tokenizer.encode(render_response(response.strip()))
             return {"tokens": [*given, *answer, tokenizer.eos], "response_start": len(given)}
     return {}
+
+
+def usable(text: Any) -> str:
+    """The text; empty for what is none, is blank or is no Unicode."""
+    try:
+        return text if isinstance(text, str) and text.strip() and text.encode() else ""
+    except UnicodeEncodeError:
+        return ""
 
 
 def _cut(document: dict[str, Any], context: int) -> Iterator[dict[str, Any]]:

@@ -99,12 +99,12 @@ class DepthAttention(Dimension):
     def _visible(self, context: Context) -> Bool[Array, "L"] | None:
         """The earlier depths that this one attends to; None for all."""
         da, L, depths = self.config.da, context.depth, self.config.depths_of("da", context.depth)
-        kept = _kept_entries(context)
+        left = _entries_left(context)
         if len(depths) == L and da.window == 0 and da.dilation == 1:
-            return kept
+            return left
         reached = jnp.asarray(da.visible(self.config, L))
         visible = lax.dynamic_index_in_dim(reached, context.l, 0, keepdims=False)
-        return visible if kept is None else visible & kept
+        return visible if left is None else visible & left
 
     def _linear(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], context: Context
@@ -113,19 +113,17 @@ class DepthAttention(Dimension):
         if isinstance(context.memory, FadingCache):
             runs = jnp.isin(jnp.arange(context.depth), jnp.asarray(self.config.depths_of("da", context.depth)))
             earlier = runs & (jnp.arange(context.depth) < context.l)
-            kept = _kept_entries(context)
-            earlier = earlier if kept is None else earlier & kept
-            o = attend_faded_rows(q, own, context.memory, earlier)
+            o = attend_faded_rows(q, own, context.memory, earlier, _entries_left(context))
             return o.astype(q.dtype), own
         o, state = attend_state(q, own, context.memory)
         return o.astype(q.dtype), state
 
 
-def _kept_entries(context: Context) -> Bool[Array, "L"] | None:
-    """The depths that take part at this one; None for all."""
-    if context.kept is None or context.kept.entries is None:
+def _entries_left(context: Context) -> Bool[Array, "L"] | None:
+    """The depths that are not left out at this one; None for all."""
+    if context.ablation is None or context.ablation.entries is None:
         return None
-    return context.kept.entries[context.l]
+    return context.ablation.entries[context.l]
 
 
 def value_norms(
@@ -143,22 +141,28 @@ def value_norms(
 
 
 def attend_faded_rows(
-    q: Float[Array, "B T N H"], own: FadingCache, cache: FadingCache, earlier: Bool[Array, "L"]
+    q: Float[Array, "B T N H"],
+    own: FadingCache,
+    cache: FadingCache,
+    earlier: Bool[Array, "L"],
+    left: Bool[Array, "L"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Sum over the token's depths of (q . k) / sqrt(H) * v, float32: quadratic in depth.
 
     An earlier one counts for the product of the factors of the depths that came after it, the token's own included.
-    `earlier` says which rows of the cache take part, all of them before the token's own depth.
+    `earlier` says which rows of the cache take part, all of them before the token's own depth. Rows that are not `left`
+    are not read, but let others fade as before.
     """
     B, T, N, H = q.shape
     groups, logs = q.reshape(B, T, own.k.shape[2], -1, H), jnp.where(earlier[:, None], cache.log_fade, 0)
     since = (own.log_fade + jnp.sum(logs, axis=0))[None] - jnp.cumsum(logs, axis=0)
-    weight = jnp.where(earlier[:, None], jnp.exp(since), 0) / math.sqrt(H)
+    read = earlier if left is None else earlier & left
+    weight = jnp.where(read[:, None], jnp.exp(since), 0) / math.sqrt(H)
     past = jnp.einsum("btkgh,lbtkh->lbtkg", groups, cache.k, preferred_element_type=jnp.float32)
     past = (past * weight[:, None, None, :, None]).astype(q.dtype)
     now = jnp.einsum("btkgh,btkh->btkg", groups, own.k, preferred_element_type=jnp.float32) / math.sqrt(H)
-    read = jnp.einsum("lbtkg,lbtkh->btkgh", past, cache.v, preferred_element_type=jnp.float32)
-    return (read + now[..., None] * own.v[..., None, :].astype(jnp.float32)).reshape(B, T, N, H)
+    sums = jnp.einsum("lbtkg,lbtkh->btkgh", past, cache.v, preferred_element_type=jnp.float32)
+    return (sums + now[..., None] * own.v[..., None, :].astype(jnp.float32)).reshape(B, T, N, H)
 
 
 def attend_state(

@@ -37,8 +37,8 @@ class Context(NamedTuple):
     """Whether the tokens stand after others that are in the cache, and not at the beginning."""
     inspecting: bool
     """Whether figures are wanted that only inspection looks at."""
-    kept: "Kept | None" = None
-    """What takes part, of this dimension; None for all of it."""
+    ablation: "Ablation | None" = None
+    """What of this dimension is left out; None if nothing is."""
 
     @property
     def counted(self) -> Bool[Array, "B T"]:
@@ -61,8 +61,8 @@ class Update(NamedTuple):
     """For inspection: the norms of the values of these entries."""
 
 
-class Kept(NamedTuple):
-    """What takes part of a dimension, to see what the rest is good for."""
+class Ablation(NamedTuple):
+    """What stays of a dimension when parts are left out, to see what they are good for."""
 
     updates: Float[Array, "L"]
     """By depth, 1 for those whose update is added to the residual stream, 0 for the others."""

@@ -18,7 +18,7 @@ from dreamer_jax.errors import DreamerError
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.kernels.interface import Kernels
 from dreamer_jax.kernels.norm import rms_norm
-from dreamer_jax.model.dimension import Context, Kept, Update
+from dreamer_jax.model.dimension import Ablation, Context, Update
 from dreamer_jax.model.mixture import Layer, Memories
 from dreamer_jax.model.parameters import Matrix, WeightTable, cast_matrices, taken_apart
 from dreamer_jax.model.recurrence import depth_scan
@@ -99,7 +99,7 @@ class Glimpse(NamedTuple):
     """The tokens that are not padding."""
 
 
-Look = Callable[[Glimpse], Any]
+DepthLook = Callable[[Glimpse], Any]
 """What is wanted of each depth, as a tree of arrays."""
 
 
@@ -147,16 +147,16 @@ class Dreamer(nnx.Module):
         caches: Memories | None = None,
         continues: bool = False,
         capture: bool = False,
-        look: Look | None = None,
-        kept: Mapping[str, Kept] | None = None,
+        look: DepthLook | None = None,
+        ablations: Mapping[str, Ablation] | None = None,
     ) -> Forward:
         """As a call, of a model whose weights are `made_ready`: once per step, however many forward passes it has.
 
         With `caches` (of `empty_caches`) the tokens belong to sequences: prompts from position 0 on, padded at the
         end; or, if it `continues`, the next tokens of each sequence, whose positions follow one another.
 
-        `look` is called at each depth and says what is kept of it, for analysis; `capture` keeps everything. `kept`
-        says of a dimension what takes part, where not all of it is to.
+        `look` is called at each depth and says what is kept of it, for analysis; `capture` keeps everything. With
+        `ablations`, by dimension, parts are left out.
         """
         config, x = self.config, self.embedded(tokens, compute.dtype)
         depth = checked_depth(config, depth)
@@ -172,7 +172,7 @@ class Dreamer(nnx.Module):
         body = functools.partial(
             _depth_step, config, graph, compute, depth, continues, _everything if capture else look
         )
-        constants = biases, before, positions, segment_ids, dict(kept or {})
+        constants = biases, before, positions, segment_ids, dict(ablations or {})
         scan = functools.partial(depth_scan, body, compute.implementation, depth=depth, remat=compute.remat)
         y, carried, aux = scan(shared, stacked, constants, x, rows, carried)
         hidden = rms_norm(y, self.residual_norm[...], config.norm_epsilon)
@@ -321,7 +321,7 @@ def _depth_step(
     compute: Compute,
     depth: int,
     continues: bool,
-    look: Look | None,
+    look: DepthLook | None,
     kernels: Kernels,
     shared: dict[str, Any],
     own: dict[str, Any],
@@ -332,12 +332,12 @@ def _depth_step(
     l: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Memories, Memories, Any]:
     """One depth, y_{l-1} to y_l, in training and in generation."""
-    biases, before, positions, segment_ids, kept = constants
+    biases, before, positions, segment_ids, ablations = constants
     x = layer_input(config, shared, y, l)
     layer = layer_at(config, graph, shared, own, biases, l)
     inspecting = look is not None
     context = Context(l, depth, kernels, compute.exchange, segment_ids, positions, None, None, continues, inspecting)
-    output = layer(x, context, before, cache, carried, kept)
+    output = layer(x, context, before, cache, carried, ablations)
     routers = {
         name: RouterFigures(update.routing.counts, update.routing.entropy)
         for name, update in output.updates.items()

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dreamer_jax.dimensions.base import Member
 from dreamer_jax.kernels.interface import Implementation, Kernels
-from dreamer_jax.model.dimension import Context, Dimension, Kept, Update
+from dreamer_jax.model.dimension import Ablation, Context, Dimension, Update
 from dreamer_jax.model_config import ModelConfig
 from dreamer_jax.sharding import vary_together
 
@@ -61,12 +61,12 @@ class Layer(nnx.Module):
         precomputed: dict[str, Any],
         rows: Memories,
         carried: Memories,
-        kept: Mapping[str, Kept] = MappingProxyType({}),
+        ablations: Mapping[str, Ablation] = MappingProxyType({}),
     ) -> LayerOutput:
         """y_l from x_l, before the residual norm of DR.
 
         The members of a group read the same input; the next group reads the residual stream with all their updates.
-        `kept`: by dimension, what takes part of those that are not to take part wholly.
+        `ablations`: by dimension, for those of which parts are left out.
         """
         updates: dict[str, Update] = {}
         new_rows, new_carried = {}, dict(carried)
@@ -75,10 +75,10 @@ class Layer(nnx.Module):
             for member in group:
                 name = member.name
                 memory = rows.get(name, carried.get(name))
-                own = context._replace(precomputed=precomputed[name], memory=memory, kept=kept.get(name))
+                own = context._replace(precomputed=precomputed[name], memory=memory, ablation=ablations.get(name))
                 update = self._update(member, given, own, carried.get(name))
-                if own.kept is not None:
-                    part = own.kept.updates[context.l].astype(x.dtype)
+                if own.ablation is not None:
+                    part = own.ablation.updates[context.l].astype(x.dtype)
                     update = update._replace(residual=update.residual * part)
                 if name in rows:
                     new_rows[name] = update.kept

@@ -412,7 +412,7 @@ class _Run:
         model = nnx.merge(self.graph, state.params, state.biases)
         try:
             yield Snapshot(self.config, model, self.mesh, self.prepared.tokenizer, beat)
-        except DreamerError as error:
+        except (DreamerError, jax.errors.JaxRuntimeError) as error:  # such as no memory for another copy of the weights
             self.sinks.say(f"step {step}: {failed}: {error}")
         self.reporter.pause(time.monotonic() - started)
         self.group.beat(f"step {step + 1}")

@@ -63,8 +63,33 @@ def attention(model, seen, places, depth):
         for l in runs:
             weight[l] = np.mean([maps[l, b, t] for b, t in places], axis=0)
         found[f"attention/{name}/weight"] = weight
+        moved = np.full(weight.shape, np.nan)
+        for l in runs:
+            moved[l] = np.mean([maps[l, b, t] * value_norms(model, seen, name, b, t, depth) for b, t in places], axis=0)
+        found[f"attention/{name}/weighted_norm"] = moved
         found[f"attention/{name}/visible"] = np.nan_to_num(weight).sum(axis=1) > 0
     return found
+
+
+def value_norms(model, seen, name, b, t, depth):
+    """[N, S]: of what each head finds at each entry; DA's values are made at each depth by the chosen expert."""
+    weights, config = named_arrays(model), model.config
+    section = getattr(config, name)
+    N, K, H = section.query_heads, section.kv_heads, section.head_size
+    norms = []
+    if name == "latent":
+        values = np.asarray(weights["layer.latent.values"]).reshape(-1, K, H)
+        return np.repeat(np.linalg.norm(values, axis=-1).T, N // K, axis=0)
+    for l in range(depth):
+        if l not in config.depths_of(name, depth):
+            norms.append(np.zeros(N))
+            continue
+        x = rms_norm(np.asarray(seen.hidden)[l, b, t], np.asarray(weights["layer.da.norm"]), config.norm_epsilon)
+        expert, score = seen.experts[name][l, b, t, 0], seen.scores[name][l, b, t, 0]
+        matrix = np.asarray(weights["layer.da.w_qkv"])[expert] + np.asarray(weights["layer.da.w_qkv_shared"])
+        values = (score * (x @ matrix))[-K * H :].reshape(K, H)
+        norms.append(np.repeat(np.linalg.norm(values, axis=-1), N // K))
+    return np.stack(norms, axis=-1)
 
 
 def residual(seen, places, depth):

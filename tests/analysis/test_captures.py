@@ -1,13 +1,16 @@
 """Captures are written and read back, and every array says what its axes are."""
 
 import csv
+import io
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dreamer_jax.analysis.captures import AXES, AnalysisError, axes_of, load, table
-from tests.analysis.planted_captures import planted
+from dreamer_jax.analysis.captures import AXES, AnalysisError, Captures, axes_of, load, table
+from tests.analysis.planted_captures import planted, without
 
 
 @pytest.fixture
@@ -56,15 +59,44 @@ def test_an_array_without_a_name_in_the_list_is_refused():
         axes_of("experts/ea/loads")
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "other keys"])
+def changed(captures, **arrays):
+    packed = io.BytesIO()
+    np.savez(packed, **captures.arrays | arrays)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage", ["absent", "empty", "cut", "bits", "another array", "nothing about it", "other keys"]
+)
 def test_captures_that_cannot_be_read_are_named(captures, tmp_path, damage):
     captures.save(tmp_path)
-    if damage == "absent":
-        (tmp_path / "captures.npz").unlink()
-    elif damage == "cut":
-        whole = (tmp_path / "captures.npz").read_bytes()
-        (tmp_path / "captures.npz").write_bytes(whole[: len(whole) // 2])
-    else:
-        (tmp_path / "captures.json").write_text(json.dumps({"runs": 1}))
-    with pytest.raises(AnalysisError, match="analyze"):
+    path = tmp_path / "captures.npz"
+    whole = path.read_bytes()
+    path.unlink()
+    other = json.dumps({"run": None})
+    content = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "bits": whole[:300] + bytes(200) + whole[500:],
+        "another array": changed(captures, loads=np.zeros(3)),
+        "nothing about it": changed(captures),
+        "other keys": changed(captures, **{"captures.json": np.array(other)}),
+    }
+    if damage in content:
+        path.write_bytes(content[damage])
+    with pytest.raises(AnalysisError, match=re.escape(str(tmp_path)) + ".*analyze"):
         load(tmp_path)
+
+
+def test_an_array_that_is_missing_is_named(captures):
+    with pytest.raises(AnalysisError, match="the captures of 'dr_da' lack 'experts/ea/loads'"):
+        Captures(captures.arrays, replace(captures.about, run="dr_da"))["experts/ea/loads"]
+
+
+def test_tables_of_an_earlier_analysis_go_and_files_of_others_stay(captures, tmp_path):
+    captures.save(tmp_path)
+    (tmp_path / "csv" / "mine.csv").write_text("1")
+    without(captures, "removal").save(tmp_path)
+    names = {path.name for path in (tmp_path / "csv").iterdir()}
+    assert "mine.csv" in names
+    assert not any(name.startswith("removal") for name in names)

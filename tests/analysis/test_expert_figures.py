@@ -126,17 +126,27 @@ def test_usage_has_a_map_for_each_dimension():
 
 
 def test_a_pair_that_is_as_frequent_as_by_chance_has_a_lift_of_one():
-    counts = np.array([[40, 20, 20, 20]])
-    together = np.array([[40, 8, 32, 0], [8, 20, 4, 1], [32, 4, 20, 0], [0, 1, 0, 20]])
-    shown = np.asarray(image_of(coactivation(together, counts, 100)).filled(np.nan))
+    """Two of three experts are selected: by chance, a pair is 3/4 as frequent as the product of its shares."""
+    counts = np.array([[320, 160, 160]])
+    together = np.array([[320, 120, 480], [120, 160, 15], [480, 15, 160]])
+    shown = np.asarray(image_of(coactivation(together, counts, 320)).filled(np.nan))
     assert np.isnan(shown.diagonal()).all()
-    assert shown[0, 1:3].tolist() == [1, 4]
-    assert shown[1, 2:].tolist() == [1, 0.25]
+    assert shown[0, 1:].tolist() == [1, 4]
+    assert shown[1, 2] == 0.25
+
+
+def test_routers_that_draw_at_random_have_a_lift_of_one():
+    random, (E, A, tokens) = np.random.default_rng(0), (16, 2, 40_000)
+    chosen = np.argsort(random.random((tokens, E)), axis=1)[:, :A]
+    picked = np.zeros((tokens, E), np.int64)
+    np.put_along_axis(picked, chosen, 1, axis=1)
+    shown = image_of(coactivation(picked.T @ picked, picked.sum(axis=0, keepdims=True), tokens)).compressed()
+    np.testing.assert_allclose(shown.mean(), 1, atol=0.02)
 
 
 def test_pairs_that_were_never_seen_are_marked_as_such():
     counts = np.full((1, 3), 10)
-    figure = coactivation(np.array([[10, 5, 0], [5, 10, 5], [0, 5, 10]]), counts, 30)
+    figure = coactivation(np.array([[10, 5, 0], [5, 10, 5], [0, 5, 10]]), counts, 15)
     [image] = figure.axes[0].images
     colour = image.to_rgba(image.get_array()[:1, 2:], bytes=True)[0, 0, :3]
     assert "#" + bytes(colour.tolist()).hex() == figures.NEVER
@@ -144,7 +154,7 @@ def test_pairs_that_were_never_seen_are_marked_as_such():
 
 
 def test_without_such_pairs_there_is_no_legend():
-    assert coactivation(np.full((3, 3), 5), np.full((1, 3), 10), 30).axes[1].get_legend() is None
+    assert coactivation(np.full((3, 3), 5), np.full((1, 3), 10), 15).axes[1].get_legend() is None
 
 
 def test_lorenz_curves_show_each_depth_all_together_and_the_mean_of_layers():

@@ -10,7 +10,6 @@ from dreamer_jax.analysis.experts import (
     depth_given_expert,
     display_order,
     diversity,
-    effective_experts,
     expert_given_depth,
     experts_for,
     lorenz,
@@ -115,11 +114,6 @@ def test_experts_for_counts_the_busiest_first_along_the_last_axis():
 
 def test_all_that_were_selected_are_needed_for_all_routings():
     assert experts_for(np.array([5, 0, 1, 0]), share=1.0) == 2
-
-
-def test_effective_experts_are_as_many_as_are_equally_busy():
-    counts = np.array([[4, 4, 4, 4], [9, 0, 9, 0], [0, 0, 0, 3], [0, 0, 0, 0]])
-    np.testing.assert_allclose(effective_experts(counts), [4, 2, 1, 0])
 
 
 def test_the_display_order_goes_from_special_to_general_and_by_depth_within_a_group():

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from dreamer_jax.analysis import sequences
 from dreamer_jax.analysis.captures import AnalysisError
-from dreamer_jax.analysis.sequences import Sequences, of_files
+from dreamer_jax.analysis.sequences import Sequences, held_out, of_files
+from dreamer_jax.config import Config
+from dreamer_jax.data.builder import Prepared
 from dreamer_jax.data.sources import render_prompt, render_response
 
 
@@ -65,6 +68,35 @@ def test_no_more_rows_than_asked_for(tmp_path):
 def test_a_file_without_text_is_named(tmp_path):
     with pytest.raises(AnalysisError, match=r"some\.jsonl.*no row has a text"):
         of_files([file_of(tmp_path, {"words": "ab"})], Letters(), 8, 3)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "a \ud800 b", 3, None])
+def test_what_is_no_text_is_left_out(tmp_path, text):
+    rows = of_files([file_of(tmp_path, {"text": text}, {"text": "ab"})], Letters(), 8, 3).rows
+    assert [text_of(row) for row in rows] == ["ab"]
+
+
+def test_no_more_is_put_into_tokens_than_is_read(tmp_path):
+    tokenizer, encoded = Letters(), []
+    tokenizer.encode = lambda text: encoded.append(text) or [3] * 6
+    of_files([file_of(tmp_path, *[{"text": "abcdef"}] * 50)], tokenizer, 8, 3)
+    assert len(encoded) < 5
+
+
+def test_tables_are_no_documents(tmp_path):
+    with pytest.raises(AnalysisError, match="not from CSV"):
+        of_files([tmp_path / "a.csv"], Letters(), 8, 3)
+
+
+def test_held_out_rows_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
+    """Ids of another tokenizer would be read without an error, and mean nothing."""
+    for name, content in (("run/tokenizer", b"one"), ("data", b"another")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "tokenizer.model").write_bytes(content)
+    prepared = Prepared(tmp_path / "data", tmp_path / "data" / "tokenizer.model", {}, 1.0, {})
+    monkeypatch.setattr(sequences, "prepare", lambda config: prepared)
+    with pytest.raises(AnalysisError, match=r"its tokenizer is another one.*--data"):
+        held_out(Config(name="run"), tmp_path / "run", 3)
 
 
 def test_the_last_batch_is_filled_with_empty_rows(tmp_path):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from dreamer_jax import convert
 from dreamer_jax.analysis.measure import measure
@@ -11,6 +12,7 @@ from dreamer_jax.analysis.trajectories import evenly, plane, trajectories
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.inference.decoder import make_decoder
 from dreamer_jax.kernels.compute import Compute
+from dreamer_jax.model.dreamer import Dreamer
 from tests import oracle
 from tests.models import packed_batch, sizes_of, small
 
@@ -71,6 +73,9 @@ def test_a_router_agrees_with_itself_and_by_chance_with_another(model, batch):
     assert set(same) == {"sa", "da", "ea"}
     for name, shares in same.items():
         np.testing.assert_allclose(shares, 1, rtol=1e-6, err_msg=name)
+    sliced = make_decoder(Dreamer(small("DR+DA", ("da+sa[1:]", "ea")), nnx.Rngs(0)), PLAIN)
+    shares = saturation(sliced, sliced, [batch])["sa"]
+    np.testing.assert_allclose(shares, [np.nan, 1, 1], rtol=1e-6)
     found = saturation(ours, other, [batch])["ea"]
     expected = np.zeros(CONFIG.depth)
     ids = []

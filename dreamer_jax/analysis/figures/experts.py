@@ -387,9 +387,14 @@ def _ticks_1_2_5(low: float, high: float) -> list[float]:
 
 
 def _lift(together: Int[np.ndarray, "E E"], counts: Int[np.ndarray, "L E"], tokens: int) -> Float[np.ndarray, "E E"]:
-    """NaN on the diagonal and for unused experts."""
-    selections = counts.sum(axis=0).astype(np.float64)
-    by_chance = np.outer(selections, selections) / tokens
+    """NaN on the diagonal and for unused experts.
+
+    A token selects A different experts, so even routers that draw at random select a pair less often than the product
+    of the shares says: by (A - 1) E / (A (E - 1)).
+    """
+    selections, E = counts.sum(axis=0).astype(np.float64), counts.shape[1]
+    A = selections.sum() / tokens
+    by_chance = np.outer(selections, selections) / tokens * (A - 1) * E / (A * max(E - 1, 1))
     np.fill_diagonal(by_chance, 0)
     return np.divide(together, by_chance, out=np.full(by_chance.shape, np.nan), where=by_chance > 0)
 
