@@ -33,6 +33,7 @@ ORDER = (
 ASIDE = {
     "accounting": ("errors", "files", "dimensions", "model_config", "config"),
     "data": ("errors", "files", "dimensions", "model_config", "config", "distributed"),
+    "preparation": ("errors", "files", "values", "dimensions", "model_config", "config", "distributed", "data"),
 }
 """Beside that order: what each imports besides itself. Only those below import it."""
 USE_ASIDE = ("training", "evaluation", "convert", "analysis", "language_model", *DOORS)
