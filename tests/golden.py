@@ -44,8 +44,8 @@ def batch_of(step, rows, context=CONTEXT):
     return Batch(tokens, positions, segments, segments > 0)
 
 
-def losses(variant, kernels):
-    """The loss of each step, on one device."""
+def losses(variant, kernels, steps=STEPS):
+    """The loss of each of the first steps, on one device."""
     config = load(Path(__file__).parents[1] / "configs" / "tiny.py")
     config = dataclasses.replace(
         config, model=variant_of(config.model, variant), kernels=KernelConfig(implementation=kernels)
@@ -54,7 +54,7 @@ def losses(variant, kernels):
     graph, state = init_state(config, mesh)
     step = make_train_step(config, Compute.of(config), mesh, graph)
     found = []
-    for i in range(STEPS):
+    for i in range(steps):
         state, result = step(state, batch_of(i, config.train.batch))
         found.append(float(result.loss))
     return found

@@ -14,7 +14,7 @@ from dreamer_jax.training.checkpoint import save_model
 from dreamer_jax.training.loop import train
 from tests import oracle
 from tests.models import changed, sizes_of, small
-from tests.training.toy import REFERENCE, toy_config
+from tests.training.toy import REFERENCE, toy_config, with_model
 
 pytestmark = pytest.mark.xdist_group("evaluate")
 VOCAB = 300
@@ -147,9 +147,9 @@ def fail(snapshot):
 
 
 def test_benchmarks_along_a_training_are_in_its_records_and_leave_it_as_it_is(data, tmp_path, capsys):
-    config = dataclasses.replace(
-        toy_config(tmp_path, steps=4), checkpoint=CheckpointConfig(every=1, keep=1, keep_every=2), kernels=REFERENCE
-    )
+    config = with_model(toy_config(tmp_path, steps=4), depth=1, depth_recurrent=False, mixture=("sa", "ea"))
+    checkpoint = CheckpointConfig(every=1, keep=1, keep_every=2)
+    config = dataclasses.replace(config, checkpoint=checkpoint, kernels=REFERENCE)
     asked = {"evaluate_every": 2, "evaluate_data": str(data), "evaluate_tasks": "ppl", "evaluate_limit": 2}
     with_benchmarks = changed(dataclasses.replace(config, name="asked"), train=asked)
     summary = train(with_benchmarks, look=train_door.benchmarks(with_benchmarks))

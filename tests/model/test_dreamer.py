@@ -28,11 +28,9 @@ from tests.models import (
 CASES = {
     **{variant: (small(variant), 3) for variant in VARIANTS},
     "DR+DA sequential": (small("DR+DA", SEQUENTIAL), 3),
-    "LA+DA parallel": (small("LA+DA", PARALLEL), 3),
     "DR+DA parallel": (small("DR+DA", PARALLEL), 3),
     "DR+DA at some depths": (small("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")), 3),
     "LA+DA at some depths": (small("LA+DA", ("da[1:]", "sa[:2]", "ea[::2]")), 3),
-    "DR+DA deeper": (small("DR+DA"), 5),
     "DR+DA deeper at some depths": (small("DR+DA", ("da[::2]+sa", "ea[-2:]")), 5),
     "DR+DA shallower, scaled": (changed(small("DR+DA"), depth_rope_scaling=True), 2),
 }
@@ -105,6 +103,7 @@ def test_biases_after_one_update_equal_the_oracles(compared):
         np.testing.assert_allclose(actual.biases[name], bias, rtol=0, atol=1e-7, err_msg=name)
 
 
+@functools.cache
 def gradient_program(remat: str, kernels: str = "plain") -> str:
     """StableHLO of the gradient of DR+DA's head input."""
     config = small("DR+DA")
@@ -133,9 +132,8 @@ def test_selective_remat_does_not_attend_a_second_time():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("variant", "remat"), [("DR+DA", "products"), ("LA", "selective")])
-def test_native_kernels_give_the_gradients_of_plain_jax_through_all_depths(variant, remat):
-    config = small(variant)
+def test_native_kernels_give_the_gradients_of_plain_jax_through_all_depths():
+    config = small("DR+DA")
     graph, params, biases = taken_apart(Dreamer(config, nnx.Rngs(0)))
     batch = [jnp.asarray(a) for a in packed_batch(config.vocab)]
 
@@ -146,8 +144,8 @@ def test_native_kernels_give_the_gradients_of_plain_jax_through_all_depths(varia
 
         return jax.grad(total)(params)
 
-    native = gradients(params, Compute(remat=remat, kernels="native"))
-    plain = gradients(params, Compute(remat=remat, kernels="plain"))
+    native = gradients(params, Compute(remat="products", kernels="native"))
+    plain = gradients(params, Compute(remat="products", kernels="plain"))
     for got, want in zip(jax.tree.leaves(native), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from dreamer_jax.config import Config, MeshConfig
 from dreamer_jax.distributed import joined
-from tests.training.toy import REFERENCE, toy_config
+from tests.training.toy import REFERENCE, toy_config, with_model
 
 BATCH = 8
 
 
 def config_of(folder: Path, name: str, mesh: tuple[int, int, int], steps: int) -> Config:
-    config = toy_config(folder, steps=steps, batch=BATCH, remat="none")
+    config = with_model(toy_config(folder, steps=steps, batch=BATCH, remat="none"), mixture=("sa", "ea"))
     return dataclasses.replace(config, name=name, mesh=MeshConfig(*mesh), kernels=REFERENCE)
 
 

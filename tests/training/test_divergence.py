@@ -10,13 +10,13 @@ from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import Checkpoints
 from dreamer_jax.training.loop import TrainingDiverged, train
 from tests.models import changed
-from tests.training.toy import REFERENCE, toy_config
+from tests.training.toy import REFERENCE, toy_config, with_model
 
 RATE = {"learning_rate": 1e20}
 
 
 def config_of(folder, name, every, keep=1, **train):
-    config = toy_config(folder, **train)
+    config = with_model(toy_config(folder, **train), depth=1, depth_recurrent=False, mixture=("sa", "ea"))
     checkpoint = CheckpointConfig(every=every, keep=keep)
     return dataclasses.replace(config, name=name, checkpoint=checkpoint, kernels=REFERENCE)
 

@@ -15,7 +15,7 @@ from dreamer_jax.config import MeshConfig, OptimizerConfig
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.parameters import Matrix, Norm, RouterKeys
-from dreamer_jax.sharding import make_mesh
+from dreamer_jax.sharding import make_mesh, replicated
 from dreamer_jax.training.optimizer import adamw, decayed, learning_rate
 from dreamer_jax.training.step import init_state, make_evaluation, make_train_step
 from tests.models import packed_batch, variant_of
@@ -30,12 +30,18 @@ def batch_of(config, seed=0):
     return jax.tree.map(jnp.asarray, Batch(tokens, positions, segments, mask))
 
 
-def run(config, *, compute=None, steps=STEPS):
-    """(state, what the steps reported) after a few steps on one device."""
+@functools.cache
+def made(config, compute=None):
+    """(graph, state before the first step, the step) on one device; a step takes a copy of the state, and eats it."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     graph, state = init_state(config, mesh)
-    step = make_train_step(config, compute or Compute.of(config), mesh, graph)
-    results = []
+    return graph, state, make_train_step(config, compute or Compute.of(config), mesh, graph)
+
+
+def run(config, *, compute=None, steps=STEPS):
+    """(state, what the steps reported) after a few steps on one device."""
+    _, initial, step = made(config, compute)
+    state, results = jax.tree.map(jnp.copy, initial), []
     for i in range(steps):
         state, result = step(state, batch_of(config, seed=i))
         results.append(result)
@@ -106,12 +112,15 @@ def test_padding_is_not_counted(folder):
         np.testing.assert_array_equal(counts_of(results[0])[kind].sum(axis=-1), [tokens * active] * config.model.depth)
 
 
+def spoiled(array):
+    first = np.arange(array.shape[-1]) == 0
+    return jax.device_put(np.where(first, np.float32(np.nan), array), array.sharding)
+
+
 def test_a_non_finite_step_is_skipped_and_counted(folder):
     config = config_of("DR+DA", folder)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    graph, state = init_state(config, mesh)
-    step = make_train_step(config, Compute.of(config), mesh, graph)
-    poisoned = state._replace(params=jax.tree.map(lambda a: a.at[..., :1].set(jnp.nan), state.params))
+    _, state, step = made(config)
+    poisoned = state._replace(params=jax.tree.map(spoiled, state.params))
     before = jax.device_get(poisoned)
     after, result = jax.device_get(step(poisoned, batch_of(config)))
     assert not np.isfinite(result.loss)
@@ -129,10 +138,8 @@ def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss(folder):
 
 def test_training_lowers_the_loss_of_a_repeated_batch(folder):
     config = config_of("DR+DA", folder)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    graph, state = init_state(config, mesh)
-    step = make_train_step(config, Compute.of(config), mesh, graph)
-    losses = []
+    _, initial, step = made(config)
+    state, losses = jax.tree.map(jnp.copy, initial), []
     for _ in range(12):
         state, result = step(state, batch_of(config))
         losses.append(float(result.loss))
@@ -142,7 +149,8 @@ def test_training_lowers_the_loss_of_a_repeated_batch(folder):
 def test_evaluation_gives_the_training_loss(folder):
     config = config_of("DR+DA", folder, microbatches=2)
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])
-    graph, state = init_state(config, mesh)
+    graph, state, _ = made(config)
+    state = jax.device_put(state, replicated(mesh))
     total, count = make_evaluation(config, Compute.of(config), mesh, graph)(
         state.params, state.biases, batch_of(config)
     )
@@ -152,15 +160,15 @@ def test_evaluation_gives_the_training_loss(folder):
 
 def test_initialisation_depends_on_the_seed_alone(folder):
     config = config_of("DR+DA", folder)
-    one = init_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))[1]
-    eight = init_state(config, make_mesh(MeshConfig()))[1]
-    other = init_state(config_of("DR+DA", folder, seed=1), make_mesh(MeshConfig()))[1]
+    _, one, _ = made(config)
+    _, eight = init_state(config, make_mesh(MeshConfig(2, 2, 2)))
+    _, other, _ = made(config_of("DR+DA", folder, seed=1))
     chex.assert_trees_all_equal(jax.device_get(one), jax.device_get(eight))
     assert not np.array_equal(one.params["embed"][...], other.params["embed"][...])
 
 
 def test_weight_decay_spares_norms_alone(folder):
-    _, state = init_state(config_of("DR+DA", folder), make_mesh(MeshConfig(), jax.devices()[:1]))
+    _, state, _ = made(config_of("DR+DA", folder))
     variables = jax.tree.leaves(decayed(state.params), is_leaf=lambda v: isinstance(v, nnx.Variable))
     decides = {type(v): v.get_value() for v in variables}
     assert decides == {Matrix: True, RouterKeys: True, Norm: False}
