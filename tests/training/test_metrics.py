@@ -388,7 +388,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_figures_and_the_time_left() -> None:
+def test_a_terminal_shows_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "LINES"):  # in which the bar cuts off what is too long
+        monkeypatch.setenv(name, "200")
     stream = Terminal()
     with Progress(100, 0, stream) as progress:
         progress.advance(10)
