@@ -135,7 +135,8 @@ class Captures:
         (folder / TABLES).mkdir(parents=True, exist_ok=True)
         about = json.dumps(asdict(self.about), indent=2, allow_nan=False) + "\n"
         packed = io.BytesIO()
-        np.savez_compressed(packed, **self.arrays, **{ABOUT: np.array(about)})  # type: ignore[arg-type]  # by its stub
+        stored: dict[str, Any] = {**self.arrays, ABOUT: np.array(about)}
+        np.savez_compressed(packed, **stored)
         write_whole(folder / ARRAYS, packed.getvalue())
         write_whole(folder / ABOUT, about)
         tables = {f"{name.replace('/', '.')}.csv": name for name in self.arrays}

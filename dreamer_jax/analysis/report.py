@@ -237,8 +237,10 @@ def _scalar(captures: Captures, name: str) -> int | None:
 def _drawn(found: Sequence[Plate], out: Path, folder: str) -> tuple[Section, ...]:
     """The plates as parts of the page; each is written into a folder beside the page as well."""
     (out / folder).mkdir(parents=True, exist_ok=True)
-    for path in (out / folder).glob("*.[ps][nv]g") if (out / PAGE).is_file() else ():  # of the report that goes
-        if path.stem not in {plate.name for plate in found}:
+    earlier = (out / PAGE).read_text(encoding="utf-8") if (out / PAGE).is_file() else ""
+    for path in (out / folder).iterdir():  # figures of the report that goes, and no file of others
+        named = f'href="{quote(f"{folder}/{path.name}")}"' in earlier
+        if named and path.stem not in {plate.name for plate in found}:
             path.unlink()
     saved = (save(plate.figure, out / folder / plate.name) for plate in found)
     return tuple(Section(p.title, _figure(p, files, folder)) for p, files in zip(found, saved, strict=True))

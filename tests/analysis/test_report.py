@@ -222,3 +222,14 @@ def test_several_models_are_shown_side_by_side_and_one_by_one(pair):
 def test_a_report_of_nothing_is_an_error(tmp_path):
     with pytest.raises(AnalysisError, match="at least one model"):
         write([], tmp_path)
+
+
+def test_figures_of_an_earlier_report_go_and_files_of_others_stay(tmp_path):
+    captures = planted("LA")
+    write([captures], tmp_path)
+    mine = tmp_path / "figures" / "mine.png"
+    mine.write_bytes(b"1")
+    write([without(captures, "removal")], tmp_path)
+    names = {path.stem for path in mine.parent.iterdir()}
+    assert "mine" in names
+    assert "removals" not in names
