@@ -42,7 +42,7 @@ from contestant import Contestant, say
 from sizes import SIZES, configs
 from train_step import HERE, write_rows
 
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE
 from dreamer_jax.data.tokenizer import load_tokenizer
 from dreamer_jax.kernels.native.huge_pages import with_huge_pages
 
@@ -156,10 +156,8 @@ def real_lengths(path: Path, tokenizer_path: Path) -> list[tuple[int, int]]:
     tokenizer = load_tokenizer(tokenizer_path)
     lines = path.read_text().splitlines()
     rows = [json.loads(lines[number]) for number in np.linspace(0, len(lines) - 1, REQUESTS).astype(int)]
-    return [
-        (len(tokenizer.encode(render_prompt(row["question"]))), len(tokenizer.encode(f" {row['answer']}")))
-        for row in rows
-    ]
+    texts = [(DEFAULT_TEMPLATE.asked(row["question"]), DEFAULT_TEMPLATE.answered(row["answer"])) for row in rows]
+    return [(len(tokenizer.encode(prompt)), len(tokenizer.encode(answer))) for prompt, answer in texts]
 
 
 def drawn_lengths() -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ from dreamer_jax.values import (
     LIST,
     Count,
     CountOrZero,
+    Made,
     NonNegative,
     Positive,
     Share,
@@ -53,6 +54,10 @@ from dreamer_jax.values import ConfigError as ConfigError
 
 CALCULATOR_MARKS = r"<<[^<>]*>>"
 """What version 0.1 took out of all documents of files: GSM8K's answers have them."""
+TEXT_MARK = "{text}"
+"""Where a question or an answer goes in a template."""
+PROMPT_TEMPLATE, RESPONSE_TEMPLATE = "Question: {text}\nAnswer:", " {text}"
+"""The layout in which evaluation harnesses put GSM8K, so that benchmarks meet the model's own format."""
 UNREADABLE = "[]*?"
 """Characters of paths under which checkpoints cannot be read: the library takes the path for a pattern."""
 
@@ -63,6 +68,12 @@ def _compiles(pattern: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is no regular expression: {error}") from None
     return pattern
+
+
+def _is_template(text: str) -> str:
+    if text.count(TEXT_MARK) != 1:
+        raise ValueError(f"must hold {TEXT_MARK} once, where the text goes")
+    return text
 
 
 def _is_short(name: str) -> str:
@@ -92,6 +103,10 @@ SourceName = Annotated[
         description="a name of small letters, digits and _, with a letter in front, at most 100 characters",
     ),
 ]
+TextPattern = Annotated[Text, AfterValidator(_compiles)]
+"""A regular expression, or nothing."""
+TextTemplate = Annotated[Text, AfterValidator(_is_template)]
+"""What is put around a text, which goes where {text} stands."""
 Rows = Annotated[int, Field(ge=1, le=2**20)]
 """In a step: more than any machine computes, and few enough to try their divisors."""
 AxisSize = Annotated[
@@ -103,31 +118,33 @@ AxisSize = Annotated[
 
 @section("data.sources", label="name")
 class Source:
-    """One set of documents: JSON-lines files under `data.root`, or reasoning-gym tasks, which need no files."""
+    """One set of documents: files of rows under `data.root`, or reasoning-gym tasks, which need no files."""
 
     name: SourceName
     """Name of the set in reports and of its folder among the prepared."""
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Share of the packed rows, hence of the tokens, relative to the other sources."""
     train: Words = ()
-    """JSON-lines files of training documents, relative to data.root."""
+    """Files of training documents, relative to data.root: JSON or Parquet (docs/data.md)."""
     validation: Words = ()
-    """JSON-lines files of held-out documents, relative to data.root."""
+    """Files of held-out documents, relative to data.root."""
     prompt_field: Word = "question"
-    """Field that holds the prompt."""
+    """Field that holds the prompt; with dots for a field within a field: meta.question."""
     response_field: Word = "answer"
-    """Field that holds the response."""
+    """Field that holds the response, in the same way."""
+    turns_field: Text = ""
+    """Field that holds a conversation, whose first question and answer are used in place of these two fields."""
     tasks: Words = ()
     """reasoning-gym tasks to generate, instead of files."""
     documents_per_task: CountOrZero = 0
     """Training documents generated for each task; a tenth as many are held out."""
-    remove: Annotated[Text, AfterValidator(_compiles)] = ""
+    remove: TextPattern = ""
     """Regular expression; what it matches is taken out of prompts and responses: r"<<[^<>]*>>" for GSM8K's marks."""
 
     def __post_init__(self) -> None:
-        """A source has files or tasks, not both."""
+        """A source has files or tasks, not both; neither, where data.prepared holds its documents."""
         require(
-            bool(self.train) != bool(self.tasks),
+            not (self.train and self.tasks),
             f"data source '{self.name}': give either train files or reasoning-gym tasks",
         )
         require(
@@ -141,17 +158,23 @@ class DataConfig:
     """Documents, tokenizer and packing."""
 
     sources: Annotated[tuple[Source, ...], LIST] = ()
-    """The mixture."""
+    """The mixture; empty for that of data.prepared, where this is prepared data itself. Of such data a source is given
+    by its name and weight alone."""
     root: Text = ""
     """Folder of the raw files; may begin with ~ or name an environment variable ($DATA)."""
     prepared: Word = "~/.cache/dreamer_jax"
-    """Folder of prepared datasets and trained tokenizers, one sub-folder for each distinct preparation."""
+    """Folder of prepared datasets and trained tokenizers, one sub-folder for each distinct preparation; or prepared
+    data itself, a folder with report.json, as dreamer_jax.prepare writes it."""
     tokenizer: Word = "train"
     """'train' (SentencePiece BPE on the training documents, model.vocab entries), or a path to a SentencePiece
     .model or a Hugging Face tokenizer.json."""
     special_tokens: Words = ()
     """Names of the tokens that begin and end a document, where a given tokenizer has uncommon ones: two, or one for
     both."""
+    prompt_template: TextTemplate = PROMPT_TEMPLATE
+    """What is put around a question, in training and wherever the model is asked."""
+    response_template: TextTemplate = RESPONSE_TEMPLATE
+    """What is put around an answer, which follows at once."""
     context: Annotated[int, Field(ge=2, le=2**24)] = 512
     """T: tokens in a packed row."""
     response_only: bool = False
@@ -424,12 +447,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is absent, cannot be run, gives no config, or a value does not fit. One line.
         SystemExit: an override names an unknown key (the nearest is named) or is no value of its type.
     """
+    return load_as(Config, path, overrides)
+
+
+def load_as(kind: type[Made], path: str | Path, overrides: Sequence[str] = ()) -> Made:
+    """As `load`, of a file whose get_config() gives another class made by `section`."""
     path = user_path(path, "config file")
-    config = _from_file(path)
+    config = _from_file(path, kind)
     return _overridden(config, overrides, f"--config {path}") if overrides else config
 
 
-def to_json(config: Config) -> str:
+def to_json(config: Any) -> str:
     """The resolved config as JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
@@ -440,6 +468,10 @@ def from_json(text: str | bytes) -> Config:
     Raises:
         ConfigError: no JSON; an unknown key (the nearest is named), a missing one, or a value that does not fit.
     """
+    return _from_json(text, Config)
+
+
+def _from_json(text: str | bytes, kind: type[Made]) -> Made:
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         values = json.loads(decoded.removeprefix("\ufeff"), object_pairs_hook=_distinct)
@@ -451,7 +483,7 @@ def from_json(text: str | bytes) -> Config:
         raise ConfigError("config: nests too deep") from None
     except ValueError as error:
         raise ConfigError(f"config: not JSON: {error}") from None
-    return from_dict(Config, values)
+    return from_dict(kind, values)
 
 
 def model_from_dict(values: Any) -> ModelConfig:
@@ -471,7 +503,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _from_file(path: Path) -> Config:
+def _from_file(path: Path, kind: type[Made]) -> Made:
     """What get_config() of a file gives."""
     try:
         require(not path.is_dir(), f"config file '{path}' is a folder; give a file in it")
@@ -481,7 +513,7 @@ def _from_file(path: Path) -> Config:
         require(not nul, f"config file '{path}', line {line}: there is a NUL byte; the file is no text, or damaged")
         namespace = runpy.run_path(str(path))
         require("get_config" in namespace, f"config file '{path}' defines no get_config()")
-        config = _called(namespace["get_config"], f"get_config() of '{path}'")
+        config = _called(namespace["get_config"], f"get_config() of '{path}'", kind)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -490,14 +522,15 @@ def _from_file(path: Path) -> Config:
     return config
 
 
-def _called(get_config: Any, name: str) -> Config:
+def _called(get_config: Any, name: str, kind: type[Made]) -> Made:
     require(callable(get_config), f"{name} is no function, but {shown(get_config)}")
     try:
         inspect.signature(get_config).bind()
     except TypeError as error:
         raise ConfigError(f"{name} is called without arguments: {error}") from None
     config = get_config()
-    require(type(config) is Config, f"{name} returned {type(config).__name__}, not Config")
+    if type(config) is not kind:
+        raise ConfigError(f"{name} returned {type(config).__name__}, not {kind.__name__}")
     return config
 
 
@@ -514,10 +547,10 @@ def _fault_of_file(error: BaseException, path: Path) -> str:
     return f"config file '{path}'{line}: {kind}{': ' if said else ''}{said}"
 
 
-def _check_storable(config: Config, name: str) -> None:
+def _check_storable(config: Any, name: str) -> None:
     """A checkpoint would give the same config back."""
     try:
-        stored = from_json(to_json(config))
+        stored = _from_json(to_json(config), type(config))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: a checkpoint could not hold its config: {error}") from None
     for key, ours, theirs in _differences(config, stored):
@@ -541,20 +574,30 @@ OLDER_OPTIONS = {
 """Keys of version 0.1 on the command line, and what they are now."""
 
 
-def _overridden(config: Config, overrides: Sequence[str], prog: str) -> Config:
-    keys = keys_of(Config)
-    for i, source in enumerate(config.data.sources):
-        keys |= keys_of(type(source), f"data.sources.{i}.")
+def _overridden(config: Made, overrides: Sequence[str], prog: str) -> Made:
+    keys = keys_of(type(config)) | dict(_keys_of_lists(config))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            made = tyro.cli(Config, default=config, args=_plain_options(overrides, keys), prog=prog)
+            made = tyro.cli(type(config), default=config, args=_plain_options(overrides, keys), prog=prog)
     except SystemExit as ended:
         _raise_config_error(ended)  # in a line, in place of tyro's box
         sys.stderr.write(said.getvalue())
         raise
     sys.stderr.write(said.getvalue())
     return made
+
+
+def _keys_of_lists(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of the sections that are listed in a section, or in one within it: data.sources.0.weight."""
+    for key in annotations(type(config)):
+        value = getattr(config, key)
+        if is_dataclass(value):
+            yield from _keys_of_lists(value, f"{prefix}{key}.")
+        elif isinstance(value, tuple):
+            for i, entry in enumerate(value):
+                if is_dataclass(entry):
+                    yield from keys_of(type(entry), f"{prefix}{key}.{i}.").items()
 
 
 def _raise_config_error(ended: BaseException) -> None:

@@ -157,7 +157,9 @@ def evaluate_at(
     print(f"{subject.run}, step {subject.step}, depth {subject.depth} of {subject.trained_depth}", flush=True)
     for task in tasks:
         with _Progress(task.name) as progress:
-            scores = evaluation.run(task, root, respondent, limit=arguments.limit, progress=progress.at)
+            scores = evaluation.run(
+                task, root, respondent, template=asked.template, limit=arguments.limit, progress=progress.at
+            )
         print(report(task, scores), flush=True)
     print(f"wrote {folder}: scores.json, items.jsonl")
     return folder

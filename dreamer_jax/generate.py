@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: Arguments) -> int:
     """Load the checkpoint, stream the answers, say how fast it went."""
     # Late, so that --help does not wait for JAX.
-    from dreamer_jax.data.sources import render_prompt
+    from dreamer_jax.data.template import Template
     from dreamer_jax.data.tokenizer import load_tokenizer
     from dreamer_jax.inference import engine
     from dreamer_jax.inference.decoder import make_decoder
@@ -64,7 +64,8 @@ def run(arguments: Arguments) -> int:
             raise GenerationError(f"{text[:40]!a} is not UTF-8 text: give the prompt and the stops in UTF-8")
     loaded = load_model(arguments.checkpoint)
     tokenizer = load_tokenizer(loaded.known_tokenizer, loaded.config.data.special_tokens)
-    prompts = [[tokenizer.bos, *tokenizer.encode(render_prompt(prompt))] for prompt in arguments.prompt]
+    template = Template.of(loaded.config.data)
+    prompts = [[tokenizer.bos, *tokenizer.encode(template.asked(prompt))] for prompt in arguments.prompt]
     _warn_of_length(max(map(len, prompts)), arguments.max_tokens, loaded.config.data.context)
     answers = Answers(tokenizer, arguments.prompt, arguments.stop)
     compute = dataclasses.replace(Compute.of(loaded.config), remat="none")
@@ -128,7 +129,7 @@ class Answers:
 
     def _show(self, row: int, text: str) -> None:
         if not self._texts[row]:
-            text = text.lstrip(" ")  # the space that separates the answer from "Answer:"
+            text = text.lstrip(" ")  # the space that separates an answer from its prompt
         self._texts[row] += text
         if len(self._prompts) == 1:
             print(text, end="", flush=True)

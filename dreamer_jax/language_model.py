@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from dreamer_jax import convert
 from dreamer_jax.config import Config, ModelConfig
 from dreamer_jax.convert.safetensors import CONFIG, WEIGHTS
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dreamer_jax.inference import engine
 from dreamer_jax.inference.decoder import make_decoder
@@ -97,7 +97,8 @@ class LanguageModel:
 
     def answer(self, question: str, **options: Any) -> str:
         """The answer to a question, put as the training documents put theirs; options as of `generate`."""
-        [text] = self.generate(render_prompt(question), **options)
+        template = Template.of(self.run.data) if self.run else DEFAULT_TEMPLATE
+        [text] = self.generate(template.asked(question), **options)
         return str(text).strip()
 
     def save(self, folder: str | Path, run: Config | None = None) -> Path:

@@ -82,7 +82,7 @@ def benchmarks(config: Config) -> "Look | None":
         return None
     from dreamer_jax.evaluation.snapshots import Benchmarks
 
-    return Benchmarks.of(config.train)
+    return Benchmarks.of(config)
 
 
 def figures(config: Config) -> "Draw | None":
@@ -96,16 +96,16 @@ def figures(config: Config) -> "Draw | None":
 
 def sample(summary: "Summary") -> str:
     """A prompt and the trained model's likeliest answer to it."""
-    from dreamer_jax.data.sources import render_prompt
+    from dreamer_jax.data.template import Template
     from dreamer_jax.data.tokenizer import load_tokenizer
     from dreamer_jax.inference.engine import generate
     from dreamer_jax.kernels.compute import Compute
 
     tokenizer = load_tokenizer(summary.prepared.tokenizer, summary.config.data.special_tokens)
-    source = summary.config.data.sources[0].name
-    examples = summary.prepared.report["sources"][source]["examples"]
+    sources = summary.prepared.report["sources"]
+    examples = [example for name in summary.prepared.weights for example in sources[name]["examples"]]
     prompt = summary.config.log.sample_prompt or (examples[0]["prompt"] if examples else "What is 12 + 30?")
-    rendered = render_prompt(prompt)
+    rendered = Template.of(summary.config.data).asked(prompt)
     tokens = [tokenizer.bos, *tokenizer.encode(rendered)]
     compute, longest = Compute.of(summary.config), max(1, min(160, summary.config.data.context - len(tokens)))
     [answer] = generate(summary.model, compute, [tokens], max_tokens=longest, stop_ids=(tokenizer.eos,))

@@ -21,6 +21,7 @@ from dreamer_jax.config import (
     model_from_dict,
     to_json,
 )
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from tests.models import SMALL, VARIANTS, changed, small
 
 FLAT = {
@@ -79,6 +80,10 @@ def test_keys_that_older_files_leave_out_have_their_defaults():
     assert model_from_dict({}) == model_from_dict({"depth_attention": True}) == ModelConfig()
     assert model_from_dict({"depth_attention": False}) == ModelConfig(mixture=("sa", "ea"))
     assert model_from_dict({"head_size": 32}) == ModelConfig(sa=SequenceAttentionConfig(head_size=32))
+
+
+def test_documents_of_older_configs_have_the_usual_layout():
+    assert Template.of(from_json(json.dumps({"name": "old", "data": {}})).data) == DEFAULT_TEMPLATE
 
 
 def test_the_two_choices_of_kernels_of_older_files_are_left_to_the_platform():

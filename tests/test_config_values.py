@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import re
 from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
@@ -235,10 +236,16 @@ def test_what_to_remove_is_a_regular_expression(pattern):
         with_key("data.sources['a'].remove", pattern)
 
 
-def test_the_only_ways_to_give_documents_are_files_or_tasks():
-    for keys in ({}, {"train": ("a",), "tasks": ("lcm",)}):
-        with pytest.raises(ConfigError, match="data source 'a': give either train files or reasoning-gym tasks"):
-            Source("a", **keys)
+@pytest.mark.parametrize("key", ["data.prompt_template", "data.response_template"])
+@pytest.mark.parametrize("template", ["", "Question:", "{text} {text}", "{Text}"])
+def test_a_template_has_one_place_for_its_text(key, template):
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} = .*: must hold {{text}} once, where the text goes"):
+        with_key(key, template)
+
+
+def test_documents_are_given_as_files_or_as_tasks():
+    with pytest.raises(ConfigError, match="data source 'a': give either train files or reasoning-gym tasks"):
+        Source("a", train=("a",), tasks=("lcm",))
     with pytest.raises(ConfigError, match="documents_per_task must be positive"):
         Source("a", tasks=("lcm",))
 

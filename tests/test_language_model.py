@@ -4,6 +4,7 @@ import operator
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -15,8 +16,8 @@ import dreamer_jax as dj
 from dreamer_jax import convert
 from dreamer_jax.model.dreamer import TokenError
 from dreamer_jax.training.checkpoint import CheckpointError
-from dreamer_jax.training.loop import train
-from tests.models import SMALL
+from tests.models import SMALL, changed
+from tests.training.shared import train
 from tests.training.toy import toy_config
 
 README = Path(__file__).parents[1] / "README.md"
@@ -45,6 +46,15 @@ def test_what_readme_shows_runs(run: Path, tmp_path: Path, monkeypatch: pytest.M
     lm = names["lm"]
     assert isinstance(lm, dj.LanguageModel)
     assert isinstance(lm.answer("What is 1 + 2?", max_tokens=4), str)
+
+
+@pytest.mark.xdist_group("face")
+def test_a_question_is_put_as_the_documents_of_its_run_were(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dj.LanguageModel, "generate", lambda self, prompt: [prompt])
+    lm = dj.load(run)
+    other = replace(lm, run=changed(lm.run, data={"prompt_template": "Q: {text}\nA:"}))
+    assert (lm.answer("1?"), other.answer("1?")) == ("Question: 1?\nAnswer:", "Q: 1?\nA:")
+    assert replace(lm, run=None).answer("1?") == "Question: 1?\nAnswer:"
 
 
 @pytest.mark.xdist_group("face")

@@ -73,7 +73,9 @@ def look_into(
     config, kept = asked.loaded.config, kept_checkpoints(asked.folder) if all_checkpoints else []
     paths = [path.expanduser() for path in data]
     sequences = (
-        of_files(paths, asked.tokenizer, config.data.context, most) if paths else held_out(config, asked.folder, most)
+        of_files(paths, asked.tokenizer, asked.template, config.data.context, most)
+        if paths
+        else held_out(config, asked.folder, most)
     )
     earlier = [path for path in kept if int(path.name) < asked.loaded.step]
     return analyze(asked, sequences, settings or Settings(), depth=depth, earlier=earlier, progress=progress)

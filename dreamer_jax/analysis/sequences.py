@@ -13,7 +13,7 @@ from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import prepare
 from dreamer_jax.data.loader import empty_row, lay_out, rows
-from dreamer_jax.data.sources import render_prompt, render_response
+from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import Tokenizer
 from dreamer_jax.evaluation.benchmarks.rows import Row, rows_of
 from dreamer_jax.inference.likelihood import Window, packed
@@ -78,17 +78,17 @@ def held_out(config: Config, run: Path, most: int) -> Sequences:
     return Sequences(First(found, most), config.data.context, "held-out rows of the run")
 
 
-def of_files(paths: Sequence[Path], tokenizer: Tokenizer, context: int, most: int) -> Sequences:
+def of_files(paths: Sequence[Path], tokenizer: Tokenizer, template: Template, context: int, most: int) -> Sequences:
     """At most so many rows with the documents of JSON-lines files, in their order.
 
-    A document is the field `text`, or two fields of `PAIRS` in the layout that models are trained with. One that is
+    A document is the field `text`, or two fields of `PAIRS` in the layout of the model's training. One that is
     longer than the context is cut into pieces, each read without those before it.
 
     Raises:
         AnalysisError: a file without a document.
         EvaluationError: a file that cannot be read.
     """
-    documents = itertools.chain.from_iterable(_documents(path, tokenizer) for path in paths)
+    documents = itertools.chain.from_iterable(_documents(path, tokenizer, template) for path in paths)
     pieces = list(_enough((piece for document in documents for piece in _cut(document, context)), most * context))
     windows = [Window(i, piece["tokens"], 0) for i, piece in enumerate(pieces)]
     laid_out = [lay_out([pieces[w.text] for w in row], context) for row in packed(windows, context)[:most]]
@@ -105,12 +105,12 @@ def _enough(pieces: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, A
             return
 
 
-def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _documents(path: Path, tokenizer: Tokenizer, template: Template) -> Iterator[dict[str, Any]]:
     if path.suffix == ".csv":
         raise AnalysisError(f"'{path}': documents are read from JSON lines, not from CSV")
     found = False
     for row in rows_of(path, ()):
-        if document := _document(row, tokenizer):
+        if document := _document(row, tokenizer, template):
             found = True
             yield document
     if not found:
@@ -118,15 +118,15 @@ def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         raise AnalysisError(f"'{path}': no row has a text; the field text is needed, or {pairs}")
 
 
-def _document(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+def _document(row: Row, tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
     """Its tokens and where the response starts; empty for a row without text."""
     if text := usable(row.get("text")):
         return {"tokens": [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], "response_start": 0}
     for first, second in PAIRS:
         prompt, response = usable(row.get(first)), usable(row.get(second))
         if prompt and response:
-            given = [tokenizer.bos, *tokenizer.encode(render_prompt(prompt.strip()))]
-            answer = tokenizer.encode(render_response(response.strip()))
+            given = [tokenizer.bos, *tokenizer.encode(template.asked(prompt.strip()))]
+            answer = tokenizer.encode(template.answered(response.strip()))
             return {"tokens": [*given, *answer, tokenizer.eos], "response_start": len(given)}
     return {}
 

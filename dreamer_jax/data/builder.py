@@ -1,13 +1,8 @@
-"""Preparation: raw documents to a folder with a tokenizer, TFDS datasets of token ids and their packing.
+"""Preparation in one go: raw documents to prepared data, or the prepared data that are there already.
 
-One folder per distinct preparation, named by a hash of all that shapes it. It appears by one rename when it is whole:
-a killed preparation leaves nothing that could be taken for a result, and of two at once the later adopts the earlier's.
-
-    <prepared>/<key>/report.json              what was done; sizes and digests against which the folder is checked
-                     tokenizer.model | .json
-                     <source>/1.0.0/...       TFDS dataset, splits train and validation, ArrayRecord
-                     <source>/<split>.packing.npz  packing (see pack)
-                     <source>/unigrams.npy    [2, V] count of each id as a training target, in prompts and responses
+One folder per distinct preparation, named by a hash of all that shapes it (see prepared for what is in it). It appears
+by one rename when it is whole: a killed preparation leaves nothing that could be taken for a result, and of two at once
+the later adopts the earlier's.
 """
 
 import contextlib
@@ -19,16 +14,22 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import NamedTuple
 
 from dreamer_jax.config import Config, Source
-from dreamer_jax.data import dataset
 from dreamer_jax.data.files import expanded, reading
-from dreamer_jax.data.pack import pack_documents, save_packing
+from dreamer_jax.data.prepared import (
+    SPLITS,
+    Prepared,
+    Shard,
+    assemble,
+    is_prepared,
+    open_prepared,
+    sha256,
+    summary,
+    write_shard,
+)
 from dreamer_jax.data.sources import (
     HELD_OUT_PERCENT,
     DataError,
@@ -38,12 +39,10 @@ from dreamer_jax.data.sources import (
     counts,
     documents,
     prompt_digest,
-    render_prompt,
-    render_response,
     source_files,
 )
+from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import (
-    FILES,
     Tokenizer,
     UnknownCharacter,
     check_tokenizer_file,
@@ -54,32 +53,19 @@ from dreamer_jax.data.unfinished import unfinished
 from dreamer_jax.distributed import becomes_visible
 from dreamer_jax.files import write_whole
 
-VERSION = 3
+VERSION = 4
 """Raise when the same config and files would give other prepared data."""
-SPLITS: tuple[Split, ...] = ("train", "validation")
+SHARD_DOCUMENTS = 1 << 15
+"""Most documents of a shard. A process that comes to a shard opens it, which takes some 50 ns for each of them."""
 EXAMPLES = 4
 """Held-out exercises of each source that the report quotes, for samples during training."""
 TOO_LONG = "longer than the context"
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A preparation on disk."""
-
-    directory: Path
-    """The folder."""
-    tokenizer: Path
-    """The tokenizer's file, for `load_tokenizer`."""
-    splits: dict[str, dict[str, int]]
-    """Documents of each source and split."""
-    unigram_entropy: float
-    """Nats per target token of the training mixture's unigram distribution."""
-    report: dict[str, Any]
-    """What report.json holds: per source documents, tokens, rows, fill, skipped rows by cause, held-out examples."""
-
-
 def prepare(config: Config, *, process_index: int = 0) -> Prepared:
     """Build the prepared data of a config, or find it; prints a short report.
+
+    Where `data.prepared` is prepared data itself, nothing is built.
 
     Args:
         config: `data` says what and how, `model.vocab` the size of a trained tokenizer.
@@ -88,40 +74,34 @@ def prepare(config: Config, *, process_index: int = 0) -> Prepared:
     Raises:
         DataError: raw files, rows, tokenizer or prepared data that cannot be used, with the cause and the fix.
     """
+    folder = expanded(config.data.prepared, "data.prepared")
+    prepared = _open_given(folder, config) if is_prepared(folder) else _find_or_build(folder, config, process_index)
+    if not process_index:
+        print(summary(prepared), flush=True)
+    return prepared
+
+
+def _open_given(folder: Path, config: Config) -> Prepared:
+    """The prepared data that the user names."""
+    for source in config.data.sources:
+        if source.train or source.validation or source.tasks:
+            raise DataError(
+                f"data source '{source.name}' names documents, and data.prepared = '{config.data.prepared}' holds "
+                f"prepared ones: give another folder as --data.prepared, or of each source only its name and weight"
+            )
+    return open_prepared(folder, config)
+
+
+def _find_or_build(folder: Path, config: Config, process_index: int) -> Prepared:
+    """The prepared data of the config's own documents."""
     _check(config)
-    directory = expanded(config.data.prepared, "data.prepared") / preparation_key(config)
+    directory = folder / preparation_key(config)
     with _writing(config):
         if process_index:
             _wait_for(directory)
         if not directory.is_dir():
             _build(config, directory)
-    prepared = _open(config, directory)
-    if not process_index:
-        print(summary(prepared, config), flush=True)
-    return prepared
-
-
-def unigram_entropy(prepared: Prepared) -> float:
-    """Nats per target token of the training mixture's unigram distribution: what a model must beat to have learnt."""
-    return prepared.unigram_entropy
-
-
-def summary(prepared: Prepared, config: Config) -> str:
-    """The report in a few lines."""
-    lines = [f"data: {prepared.directory} (tokenizer of {prepared.report['vocab']} entries)"]
-    line = (
-        "  {} {}: {documents} documents, {tokens} tokens ({tokens_per_document:.0f} each), {rows} rows, {fill:.1%} full"
-    )
-    for name, source in prepared.report["sources"].items():
-        lines += [line.format(name, split, **source[split]) for split in SPLITS]
-        if source["skipped"]:
-            lines.append(f"  {name} skipped: {counts(Counter(source['skipped']))}")
-        if source["unknown"]:
-            lines.append(
-                f"  {name}: {source['unknown']} tokens are the unknown one, of characters not in the tokenizer"
-            )
-    lines.append(f"  a unigram model's loss: {prepared.unigram_entropy:.3f} nats per token")
-    return "\n".join(lines)
+    return open_prepared(directory, config)
 
 
 def preparation_key(config: Config) -> str:
@@ -137,7 +117,7 @@ def preparation_key(config: Config) -> str:
         "sources": [dataclasses.asdict(source) | {"weight": None} for source in data.sources],
         "files": [_file_digest(path) for source in data.sources for path in source_files(source, data)],
         "tokenizer": config.model.vocab if trained else _file_digest(_tokenizer_file(data.tokenizer)),
-        "treatment": [data.context, data.bad_rows, data.long_documents, list(data.special_tokens)],
+        "treatment": [data.context, data.bad_rows, data.long_documents, data.special_tokens, Template.of(data)],
         "generator": importlib.metadata.version("reasoning-gym") if any(s.tasks for s in data.sources) else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -149,14 +129,9 @@ def _tokenizer_file(name: str) -> Path:
     return path
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @functools.lru_cache(maxsize=64)
 def _known_digest(path: Path, size: int, modified: int) -> str:
-    return _sha256(path)
+    return sha256(path)
 
 
 def _file_digest(path: Path) -> str:
@@ -168,7 +143,16 @@ def _file_digest(path: Path) -> str:
 
 def _check(config: Config) -> None:
     if not config.data.sources:
-        raise DataError("data.sources is empty: name at least one source of documents")
+        raise DataError(
+            f"data.sources is empty: name at least one source of documents, or give prepared data as --data.prepared "
+            f"('{config.data.prepared}' is a folder without report.json)"
+        )
+    for source in config.data.sources:
+        if not source.train and not source.tasks:
+            raise DataError(
+                f"data source '{source.name}': give either train files or reasoning-gym tasks, or prepared data as "
+                f"--data.prepared ('{config.data.prepared}' is a folder without report.json)"
+            )
     if config.data.special_tokens and config.data.tokenizer == "train":
         raise DataError(
             "data.special_tokens names tokens of a tokenizer that is given as data.tokenizer, and none is given: leave "
@@ -213,31 +197,28 @@ def _build(config: Config, directory: Path) -> None:
 
 def _fill(config: Config, directory: Path, scratch: Path) -> None:
     """Write everything that a preparation holds into an empty folder."""
-    skipped = {source.name: Counter[str]() for source in config.data.sources}
+    data = config.data
+    skipped = {source.name: Counter[str]() for source in data.sources}
     prompts: set[int] = set()
-    for source in config.data.sources:
+    for source in data.sources:
         prompts |= _stage(source, config, scratch, skipped[source.name])
-    tokenizer = _make_tokenizer(config, directory, scratch)
-    sources = {
-        source.name: _write_source(source, config, tokenizer, prompts, directory, scratch, skipped[source.name])
-        for source in config.data.sources
+    tokenizer = _make_tokenizer(config, scratch)
+    written = {
+        source.name: _write_source(source, config, tokenizer, prompts, scratch, skipped[source.name])
+        for source in data.sources
     }
-    files = {str(p.relative_to(directory)): _fingerprint(p) for p in sorted(directory.rglob("*")) if p.is_file()}
-    report = {"vocab": tokenizer.vocab_size, "sources": sources, "files": files}
-    report["sha256"] = _digest(report)
-    write_whole(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """By which a file is known again. Those of the documents are known by their size: each document has a checksum."""
-    size = path.stat().st_size
-    return {"bytes": size} if dataset.RECORDS in path.name else {"bytes": size, "sha256": _sha256(path)}
-
-
-def _digest(report: dict[str, Any]) -> str:
-    """Of all that a report says but this."""
-    rest = {key: value for key, value in report.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    assemble(
+        directory,
+        {name: source.shards for name, source in written.items()},
+        tokenizer,
+        key=preparation_key(config),
+        weights={source.name: source.weight for source in data.sources},
+        special_tokens=data.special_tokens,
+        template=Template.of(data),
+        details={
+            name: {"skipped": dict(skipped[name]), "examples": source.examples} for name, source in written.items()
+        },
+    )
 
 
 def _stage(source: Source, config: Config, scratch: Path, skipped: Counter[str]) -> set[int]:
@@ -268,20 +249,20 @@ def _read_staged(scratch: Path, name: str, split: Split) -> Iterator[tuple[Docum
             yield Document(*texts), origin
 
 
-def _make_tokenizer(config: Config, directory: Path, scratch: Path) -> Tokenizer:
-    """Train the tokenizer on the training documents, or copy the given one, into `directory`."""
+def _make_tokenizer(config: Config, scratch: Path) -> Tokenizer:
+    """The given tokenizer, or one that is trained on the training documents."""
     if config.data.tokenizer != "train":
         tokenizer = load_tokenizer(_tokenizer_file(config.data.tokenizer), config.data.special_tokens)
         _check_vocabulary(tokenizer.vocab_size, config)
-        tokenizer.save(directory)
         return tokenizer
+    template = Template.of(config.data)
     texts = (
-        render_prompt(document.prompt) + render_response(document.response)
+        template.asked(document.prompt) + template.answered(document.response)
         for source in config.data.sources
         for document, _ in _read_staged(scratch, source.name, "train")
     )
-    write_whole(directory / "tokenizer.model", train_sentencepiece(texts, config.model.vocab))
-    return load_tokenizer(directory)
+    write_whole(scratch / "tokenizer.model", train_sentencepiece(texts, config.model.vocab))
+    return load_tokenizer(scratch / "tokenizer.model")
 
 
 def _check_vocabulary(size: int, config: Config) -> None:
@@ -292,23 +273,11 @@ def _check_vocabulary(size: int, config: Config) -> None:
         )
 
 
-class _Tally:
-    """What passes through one split on its way to disk."""
+class _Written(NamedTuple):
+    """A source as shards."""
 
-    def __init__(self, vocab: int):
-        self.lengths: list[int] = []
-        self.too_long: list[int] = []
-        self.unknown = 0
-        self.targets = np.zeros((2, vocab), np.int64)
-        self.examples: list[Document] = []
-
-    def add(self, document: Document, tokens: Sequence[int], response_start: int) -> None:
-        """Count one document; its first token is never a target, since nothing stands before it."""
-        self.lengths.append(len(tokens))
-        np.add.at(self.targets[0], tokens[1:response_start], 1)
-        np.add.at(self.targets[1], tokens[response_start:], 1)
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(document)
+    shards: dict[Split, list[Shard]]
+    examples: list[dict[str, str]]
 
 
 def _write_source(
@@ -316,38 +285,29 @@ def _write_source(
     config: Config,
     tokenizer: Tokenizer,
     training_prompts: set[int],
-    directory: Path,
     scratch: Path,
     skipped: Counter[str],
-) -> dict[str, Any]:
-    """Write the datasets and packings of one source; its part of the report."""
-    tallies = {split: _Tally(tokenizer.vocab_size) for split in SPLITS}
+) -> _Written:
+    """Write the shards of one source."""
     streams = {"train": _read_staged(scratch, source.name, "train")}
     streams["validation"] = _unseen(_read_staged(scratch, source.name, "validation"), training_prompts, skipped)
-    tokenized = {}
-    for split, tally in tallies.items():
-        stream = _tokenize(streams[split], config, tokenizer, tally, skipped)
-        first = next(stream, None)
-        if first is None:
-            raise _nothing_left(source, split, skipped, tally.too_long, config.data.context)
-        tokenized[split] = itertools.chain([first], stream)
-    dataset.write_dataset(source.name, tokenized, directory)
-    report: dict[str, Any] = {}
-    for split, tally in tallies.items():
-        packing = pack_documents(np.asarray(tally.lengths), config.data.context)
-        save_packing(packing, directory / source.name / f"{split}.packing.npz")
-        report[split] = {
-            "documents": len(tally.lengths),
-            "tokens": sum(tally.lengths),
-            "tokens_per_document": sum(tally.lengths) / len(tally.lengths),
-            "rows": packing.rows,
-            "fill": packing.fill,
-        }
-    np.save(directory / source.name / "unigrams.npy", tallies["train"].targets)
-    report["skipped"] = dict(skipped)
-    report["unknown"] = sum(tally.unknown for tally in tallies.values())
-    report["examples"] = [document._asdict() for document in tallies["validation"].examples]
-    return report
+    written = _Written({}, [])
+    for split in SPLITS:
+        examples, too_long = written.examples if split == "validation" else [], list[int]()
+        stream = _tokenize(streams[split], config, tokenizer, examples, too_long, skipped)
+        written.shards[split] = _write_shards(stream, f"{source.name}-{split}", config.data.context, scratch)
+        if not any(shard.report.rows for shard in written.shards[split]):
+            raise _nothing_left(source, split, skipped, too_long, config.data.context)
+    return written
+
+
+def _write_shards(stream: Iterator[tuple[list[int], int]], name: str, context: int, scratch: Path) -> list[Shard]:
+    """Write all documents, so many to a shard."""
+    shards: list[Shard] = []
+    for first in stream:
+        documents = itertools.chain([first], itertools.islice(stream, SHARD_DOCUMENTS - 1))
+        shards.append(Shard(scratch, write_shard(scratch, f"{name}-{len(shards):05d}", documents, context)))
+    return shards
 
 
 def _nothing_left(
@@ -381,15 +341,19 @@ def _tokenize(
     stream: Iterable[tuple[Document, str]],
     config: Config,
     tokenizer: Tokenizer,
-    tally: _Tally,
+    examples: list[dict[str, str]],
+    too_long: list[int],
     skipped: Counter[str],
-) -> Iterator[dict[str, Any]]:
-    """Documents as they are stored. Prompt and response are tokenized apart, so that their border is one of tokens."""
-    context = config.data.context
+) -> Iterator[tuple[list[int], int]]:
+    """Documents as tokens, and where their responses start; the first that fit a row become examples.
+
+    Prompt and response are tokenized apart, so that their border is one of tokens.
+    """
+    context, template = config.data.context, Template.of(config.data)
     for document, origin in stream:
         try:
-            prompt = [tokenizer.bos, *tokenizer.encode(render_prompt(document.prompt))]
-            tokens = [*prompt, *tokenizer.encode(render_response(document.response)), tokenizer.eos]
+            prompt = [tokenizer.bos, *tokenizer.encode(template.asked(document.prompt))]
+            tokens = [*prompt, *tokenizer.encode(template.answered(document.response)), tokenizer.eos]
         except UnknownCharacter as cause:
             if config.data.bad_rows == "error":
                 fix = bad_row_fix("give a tokenizer with an unknown token or with byte fallback")
@@ -403,61 +367,7 @@ def _tokenize(
                     f"--data.long_documents skip. It begins: {document.prompt[:80]!r}"
                 )
             skipped[TOO_LONG] += 1
-            tally.too_long.append(len(tokens))
-            continue
-        tally.add(document, tokens, len(prompt))
-        if tokenizer.unknown is not None:
-            tally.unknown += tokens.count(tokenizer.unknown)
-        yield dataset.example(tokens, len(prompt))
-
-
-def _open(config: Config, directory: Path) -> Prepared:
-    """Check a finished folder and describe it."""
-    try:
-        report = _verified(directory)
-    except PermissionError as error:
-        raise DataError(
-            f"data.prepared = '{config.data.prepared}': '{error.filename}' cannot be read; change its rights, or give "
-            f"another folder as --data.prepared"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"the prepared data are damaged ({error}); delete the folder '{directory}' and start again"
-        ) from error
-    _check_vocabulary(report["vocab"], config)
-    return Prepared(
-        directory=directory,
-        tokenizer=next(directory / name for name in FILES if name in report["files"]),
-        splits={
-            name: {split: part[split]["documents"] for split in SPLITS} for name, part in report["sources"].items()
-        },
-        unigram_entropy=_mixture_entropy(config, directory, report),
-        report=report,
-    )
-
-
-def _verified(directory: Path) -> dict[str, Any]:
-    """The report of a folder whose files are those that were written; ValueError and others of its kind if not."""
-    report = json.loads((directory / "report.json").read_bytes().decode("utf-8"))
-    if not isinstance(report, dict) or _digest(report) != report.get("sha256"):
-        raise ValueError(f"'{directory / 'report.json'}' has changed since it was written")
-    for name, written in report["files"].items():
-        path = directory / name
-        size = path.stat().st_size
-        if size != written["bytes"]:
-            raise ValueError(f"'{path}' has {size} bytes and was written with {written['bytes']}")
-        if _fingerprint(path) != written:
-            raise ValueError(f"'{path}' has changed since it was written")
-    return report
-
-
-def _mixture_entropy(config: Config, directory: Path, report: dict[str, Any]) -> float:
-    """Entropy of the targets' distribution, each source with its share of the mixture's tokens: weight times fill."""
-    mixture = np.zeros(report["vocab"])
-    for source in config.data.sources:
-        prompts, responses = np.load(directory / source.name / "unigrams.npy")
-        targets = responses if config.data.response_only else prompts + responses
-        share = source.weight * report["sources"][source.name]["train"]["fill"]
-        mixture += share * targets / (prompts + responses).sum()
-    probabilities = mixture[mixture > 0] / mixture.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
+            too_long.append(len(tokens))
+        elif len(examples) < EXAMPLES:
+            examples.append(document._asdict())
+        yield tokens, len(prompt)

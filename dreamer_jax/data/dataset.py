@@ -1,51 +1,34 @@
-"""Documents on disk: TFDS datasets of token ids in ArrayRecord files, each document with a checksum."""
+"""Documents on disk: ArrayRecord files of token ids, each document with a checksum, that TFDS reads as a dataset.
+
+A file is written and read by itself. A description, written when all files of a folder are there, makes them splits of
+one TFDS dataset; this program never reads it, because TFDS imports what a description names.
+"""
 
 import contextlib
 import functools
-import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from google.protobuf import json_format
-
-from dreamer_jax.data.files import DataError
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 VERSION = "1.0.0"
-RECORDS = ".array_record-"
+RECORDS = ".array_record"
 """What the names of the files of documents have in them."""
 
 
-# TFDS comes without types: mypy does not know the keyword.
-class TokenizedDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A TFDS dataset of token ids, in the order in which they are given."""
+class SplitFiles(NamedTuple):
+    """The files of one split, in their order."""
 
-    VERSION = tfds.core.Version(VERSION)
-    code_path = None  # there are no checksums of downloads beside the code; looking for them needs importlib_resources
-
-    def __init__(self, name: str, splits: Mapping[Any, Iterable[dict[str, Any]]], data_dir: Path):
-        self.name = name
-        self._documents = splits
-        super().__init__(data_dir=str(data_dir), file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Tokenized documents: [bos] prompt response [eos]. The response is tokens[response_start:].",
-            features=_features(),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(examples) for split, examples in self._documents.items()}
-
-    def _generate_examples(self, examples: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(examples)
+    documents: Sequence[int]
+    """Documents of each file; none is empty."""
+    bytes: int
+    """Of all files together."""
 
 
 @functools.cache
@@ -54,7 +37,7 @@ def _features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"tokens": tokens, "response_start": np.int32, "checksum": np.uint32})
 
 
-def example(tokens: Sequence[int], response_start: int) -> dict[str, Any]:
+def example(tokens: Sequence[int] | np.ndarray, response_start: int) -> dict[str, Any]:
     """A document as it is stored."""
     stored = np.asarray(tokens, np.int32)
     return {"tokens": stored, "response_start": response_start, "checksum": _checksum(stored, response_start)}
@@ -69,38 +52,80 @@ def _checksum(tokens: np.ndarray, response_start: int) -> int:
     return zlib.crc32(tokens.data, int(response_start))
 
 
-def write_dataset(name: str, splits: Mapping[Any, Iterable[dict[str, Any]]], directory: Path) -> None:
-    """Write a dataset into `directory`/`name`; no split may be empty.
+def records_name(name: str, split: str, file: int, files: int) -> str:
+    """Name of one of the files of a split, as TFDS expects it."""
+    return f"{name}-{split}{RECORDS}-{file:05d}-of-{files:05d}"
 
-    TFDS prints to the standard output and looks for its own catalogue online unless told not to.
+
+def write_documents(path: Path, documents: Iterable[tuple[Sequence[int] | np.ndarray, int]]) -> None:
+    """Write a file of (tokens, response_start); the same documents give the same bytes.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    tfds.disable_progress_bar()
-    builder = TokenizedDocuments(name, splits, directory)
+    with _disk_errors():
+        writer = ArrayRecordWriter(str(path), "group_size:1")  # one document can be read without its neighbours
+        for tokens, response_start in documents:
+            writer.write(_serialized(example(tokens, response_start)))
+        writer.close()
+
+
+def _serialized(stored: dict[str, Any]) -> bytes:
+    """The bytes of a document, with its fields in an order that is the same in every process.
+
+    TFDS reads them as its own. Its writer checks each field of each document, which takes as long as tokenizing it.
+    """
+    message = tf_example_pb2.Example()
+    features = message.features.feature
+    features["tokens"].int64_list.value.extend(stored["tokens"].tolist())
+    features["response_start"].int64_list.value.append(int(stored["response_start"]))
+    features["checksum"].int64_list.value.append(stored["checksum"])
+    return bytes(message.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Make an OSError of what ArrayRecord says of a system call that failed."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        yield
     except RuntimeError as error:
-        refused = re.search(r"\w+\(\) failed: ([^;]+)", str(error))  # ArrayRecord, of a system call
+        refused = re.search(r"\w+\(\) failed: ([^;]+)", str(error))
         if refused is None:
             raise
         raise OSError(refused[1]) from error
 
 
-def open_dataset(directory: Path, name: str, split: str) -> Any:
-    """The documents of a split by index.
+class Documents:
+    """The documents of one file by index. The library keeps some ten bytes for each as long as this lives."""
+
+    def __init__(self, path: Path):
+        options = "readahead_buffer_size:0,footer_prefetch_bytes:0"  # single documents, far apart
+        self._reader = ArrayRecordReader(str(path), options=options, file_reader_buffer_size=1 << 15)
+
+    def __len__(self) -> int:
+        return int(self._reader.num_records())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        [record] = self._reader.read([index])
+        stored: dict[str, Any] = _features().deserialize_example_np(record)
+        return stored
+
+
+def write_description(folder: Path, splits: Mapping[str, SplitFiles]) -> None:
+    """Describe the files in a folder to TFDS, which finds the dataset's name in theirs.
 
     Raises:
-        DataError: the dataset is not of the kind that `write_dataset` writes.
-        OSError, ValueError: it is damaged.
+        OSError: the disk is full, or cannot be written.
     """
-    folder = directory / name / VERSION
-    # TFDS imports the modules that this file names, so one of a stranger could run any code.
-    if json.loads((folder / "features.json").read_bytes()) != json_format.MessageToDict(_features().to_proto()):
-        raise DataError(
-            f"'{folder / 'features.json'}' is not what this program writes; delete the folder '{directory}' and start "
-            f"again"
-        )
-    return tfds.builder_from_directory(folder).as_data_source(split=split)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=_features(),
+        version=VERSION,
+        split_infos=[
+            tfds.core.SplitInfo(name=split, shard_lengths=list(files.documents), num_bytes=files.bytes)
+            for split, files in splits.items()
+        ],
+        check_data=False,
+        description="Tokenized documents: [bos] prompt response [eos]. The response is tokens[response_start:].",
+        disable_shuffling=True,
+    )

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,17 +51,17 @@ def expanded(text: str, key: str) -> Path:
 
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Name the file where the system refuses to read it; `what` says what it is to the user.
+    """Name the file where the system refuses to read it or it cannot be unpacked; `what` says what it is to the user.
 
     Raises:
-        DataError: no right to read, a name that is too long, a failing disk.
+        DataError: no right to read, a name that is too long, a failing disk; packed data that are cut off or damaged.
     """
     try:
         yield
-    except OSError as error:
-        raise DataError(
-            f"{what}: '{path}' cannot be read ({error.strerror or error}); change its rights, or give another"
-        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        said = getattr(error, "strerror", None)  # only the system's own errors have it
+        remedy = "change its rights, or give another" if said else "it is cut off or damaged: fetch it again"
+        raise DataError(f"{what}: '{path}' cannot be read ({said or error}); {remedy}") from error
 
 
 def check_file(path: Path, what: str) -> None:

@@ -3,52 +3,87 @@
 Row i of the mixture depends on the prepared data, the weights, the seed and i only, and a batch is the next B rows.
 Position in the stream is therefore the number of rows behind it, whatever the batches were, and each process reads the
 rows of every batch that its own devices hold.
+
+Of a shard that is not open, a process knows the number of its rows. Few are open at a time, so that neither memory nor
+the time to the first batch grows with the data.
 """
 
 import contextlib
+import functools
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
-from dreamer_jax.data.builder import Prepared
-from dreamer_jax.data.dataset import is_whole, open_dataset
-from dreamer_jax.data.pack import load_packing, row_documents
+from dreamer_jax.data.dataset import RECORDS, Documents, is_whole
+from dreamer_jax.data.pack import Packing, find_row, load_packing, row_documents
+from dreamer_jax.data.prepared import PACKING, Prepared, sha256, shard_names
 from dreamer_jax.data.sources import DataError, Split
 
 ENDLESS = 2**48
 """Rows of a training stream, which has no end."""
+OPEN_SHARDS = 64
+"""Shards of all sources that a process holds open: some 20 bytes for each document of them, half of it in files."""
+
+
+class OpenShard(NamedTuple):
+    """A shard that rows are read from."""
+
+    packing: Packing
+    documents: Documents
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open_shard(directory: Path, records: str, packing: str, *_digests: str) -> OpenShard:
+    """A shard by the names of its files; their digests tell it from another one that took its place."""
+    return OpenShard(load_packing(directory / packing), Documents(directory / records))
 
 
 class PackedRows:
     """Rows of one source and split by index, endless when shuffled; a Grain random-access source."""
 
     def __init__(self, prepared: Prepared, name: str, split: Split, context: int, seed: int | None):
-        self._directory = prepared.directory
+        self._directory, self._files = prepared.directory, prepared.report["files"]
         self._name, self._split, self._context = name, split, context
         self._seed = None if seed is None else seed << 32 | zlib.crc32(name.encode())
-        with self._mendable("the dataset of"):
-            self._packing = load_packing(prepared.directory / name / f"{split}.packing.npz")
-            self._documents = open_dataset(prepared.directory, name, split)
+        self._ends = list(itertools.accumulate(prepared.report["sources"][name][split]["shards"]["rows"]))
+        self._checked: set[int] = set()
 
     def __len__(self) -> int:
-        return self._packing.rows if self._seed is None else ENDLESS
+        return self._ends[-1] if self._seed is None else ENDLESS
 
     def __repr__(self) -> str:
-        return f"PackedRows({self._name}, {self._split}, {self._packing.rows} rows)"
+        return f"PackedRows({self._name}, {self._split}, {self._ends[-1]} rows)"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        wanted = row_documents(self._packing, int(index), self._seed)
-        with self._mendable(f"documents {wanted} of"):
-            found = [self._documents[document] for document in wanted]
+        place = find_row(self._ends, int(index), self._seed)
+        shard = self._shard(place.shard)
+        wanted = row_documents(shard.packing, place, self._seed)
+        which = f" of shard {place.shard}" if len(self._ends) > 1 else ""
+        with self._mendable(f"documents {wanted}{which} of"):
+            found = [shard.documents[document] for document in wanted]
         for document, stored in zip(wanted, found, strict=True):
             if not is_whole(stored):
-                raise self._damaged(f"document {document} of", "it is not what was written")
+                raise self._damaged(f"document {document}{which} of", "it is not what was written")
         return lay_out(found, self._context)
+
+    def _shard(self, number: int) -> OpenShard:
+        """A shard, whose packing is compared with its digest when it is first opened."""
+        names = shard_names(self._name, self._split, number, len(self._ends))
+        records, packing = (f"{self._name}/{names[end]}" for end in (RECORDS, PACKING))
+        digests = (self._files[records]["sha256"], self._files[packing]["sha256"])
+        with self._mendable(f"shard {number} of"):
+            if number not in self._checked:
+                if sha256(self._directory / packing) != digests[1]:
+                    raise self._damaged(f"the packing of shard {number} of", "it is not what was written")
+                self._checked.add(number)
+            return _open_shard(self._directory, records, packing, *digests)
 
     @contextlib.contextmanager
     def _mendable(self, what: str) -> Iterator[None]:
@@ -118,13 +153,11 @@ def empty_row(size: int) -> dict[str, np.ndarray]:
 def rows(prepared: Prepared, config: Config, split: Split) -> grain.MapDataset:
     """The mixture's rows by index: endless and shuffled for training; finite, each row at most once, for validation."""
     seed = config.train.seed if split == "train" else None
-    parts = [
-        grain.MapDataset.source(PackedRows(prepared, source.name, split, config.data.context, seed))
-        for source in config.data.sources
-    ]
+    mixture = prepared.mixed(split)
+    parts = [grain.MapDataset.source(PackedRows(prepared, name, split, config.data.context, seed)) for name in mixture]
     if len(parts) == 1:
         return parts[0]
-    return grain.MapDataset.mix(parts, weights=[source.weight for source in config.data.sources])
+    return grain.MapDataset.mix(parts, weights=list(mixture.values())) if parts else grain.MapDataset.source(())
 
 
 def batches(

@@ -1,11 +1,13 @@
 """Packing: which documents share which row, in every epoch, without ever listing an epoch.
 
-Documents are packed into rows once. Two documents of the same length fit the same place, so each epoch deals the
-documents of every length anew over the places of that length, and the rows anew over the epoch, both by a permutation
-that is computed element by element. Row i of the endless stream is therefore found from (seed, i) alone, in constant
-time; every epoch holds each document exactly once, in other company than before.
+Documents are packed into rows once, each file of documents (shard) by itself. Two documents of the same length fit the
+same place, so each epoch deals the documents of every length anew over the places of that length in their shard, and
+the rows of all shards anew over the epoch, both by a permutation that is computed element by element. Row i of the
+endless stream is therefore found from (seed, i) and the numbers of rows of the shards, and only its own shard's packing
+is looked at; every epoch holds each document exactly once, in other company than before.
 """
 
+import bisect
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -20,10 +22,13 @@ PACKING_SEED = 0
 
 
 class Packing(NamedTuple):
-    """N documents packed in R rows of at most T tokens. A document's rank is its place in the order by length."""
+    """N documents of a shard packed in R rows of at most T tokens. A document's rank is its place by length.
+
+    All arrays are int32, and lie in the file if the packing was loaded.
+    """
 
     documents: Int[np.ndarray, "N"]
-    """Document of each rank."""
+    """Document of each rank, by its index in the shard, which may hold longer ones that are in no row."""
     lengths: Int[np.ndarray, "T_plus_2"]
     """First rank of each length 0, 1, ... T, and N at the end."""
     slots: Int[np.ndarray, "N"]
@@ -37,10 +42,23 @@ class Packing(NamedTuple):
         return len(self.starts) - 1
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the N documents."""
+        return int(np.arange(len(self.lengths) - 1) @ np.diff(self.lengths))
+
+    @property
     def fill(self) -> float:
         """Share of the R * T positions that hold a token."""
-        size = len(self.lengths) - 2
-        return float(np.arange(size + 1) @ np.diff(self.lengths)) / max(1, self.rows * size)
+        return self.tokens / max(1, self.rows * (len(self.lengths) - 2))
+
+
+class Place(NamedTuple):
+    """Where a row of the endless stream lies."""
+
+    epoch: int
+    shard: int
+    row: int
+    """Among those of the shard."""
 
 
 def assign_rows(lengths: Sequence[int], size: int) -> list[int]:
@@ -75,41 +93,61 @@ def assign_rows(lengths: Sequence[int], size: int) -> list[int]:
     return assigned
 
 
-def pack_documents(lengths: Int[np.ndarray, "N"], size: int) -> Packing:
-    """Pack documents of the given lengths (1 to `size` tokens) in rows of `size` tokens."""
-    order = np.random.default_rng(PACKING_SEED).permutation(len(lengths))
-    row_of = np.asarray(assign_rows(lengths[order].tolist(), size), np.int64)
-    documents = np.argsort(lengths, kind="stable")
-    rank_of = np.empty(len(lengths), np.int64)
-    rank_of[documents] = np.arange(len(lengths))
+def pack_documents(lengths: Int[np.ndarray, "D"], size: int) -> Packing:
+    """Pack the documents of a shard, of 1 or more tokens each, in rows of `size` tokens; longer ones are left out."""
+    fitting = np.flatnonzero(lengths <= size)
+    fitted = lengths[fitting]
+    order = np.random.default_rng(PACKING_SEED).permutation(len(fitted))
+    row_of = np.asarray(assign_rows(fitted[order].tolist(), size), np.int64)
+    by_length = np.argsort(fitted, kind="stable")
+    rank_of = np.empty(len(fitted), np.int64)
+    rank_of[by_length] = np.arange(len(fitted))
     slots = rank_of[order[np.argsort(row_of, kind="stable")]]
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
-    first_ranks = np.concatenate([[0], np.cumsum(np.bincount(lengths, minlength=size + 1))])
-    return Packing(documents, first_ranks, slots, starts)
+    first_ranks = np.concatenate([[0], np.cumsum(np.bincount(fitted, minlength=size + 1))])
+    return Packing(*(array.astype(np.int32) for array in (fitting[by_length], first_ranks, slots, starts)))
 
 
-def row_documents(packing: Packing, index: int, seed: int | None) -> list[int]:
-    """Documents of row `index` of the endless stream; `seed` None leaves everything in its packed place.
+def find_row(ends: Sequence[int], index: int, seed: int | None) -> Place:
+    """Where row `index` of the endless stream lies; `seed` None takes the rows in their packed order.
 
     Args:
-        packing: the packing of one source.
-        index: row, from 0; an epoch is `packing.rows` rows.
+        ends: rows of the shards, each with those before it; an epoch is the last of these.
+        index: row, from 0.
         seed: what the order depends on, besides the epoch.
     """
-    epoch, row = divmod(index, packing.rows)
+    epoch, row = divmod(index, ends[-1])
     if seed is not None:
-        row = permute(row, packing.rows, seed, epoch, 0)
-    ranks = packing.slots[packing.starts[row] : packing.starts[row + 1]].tolist()
-    if seed is not None:
-        ranks = [_deal(packing, rank, seed, epoch) for rank in ranks]
-    return packing.documents[ranks].tolist()
+        row = permute(row, ends[-1], seed, epoch, 0)
+    shard = bisect.bisect_right(ends, row)
+    return Place(epoch, shard, row - (ends[shard - 1] if shard else 0))
 
 
-def _deal(packing: Packing, rank: int, seed: int, epoch: int) -> int:
+def row_documents(packing: Packing, place: Place, seed: int | None) -> list[int]:
+    """Documents of a row, by their index in the shard; `seed` None leaves each in its packed place.
+
+    Args:
+        packing: that of the shard.
+        place: what `find_row` gives.
+        seed: as there.
+    """
+    ranks = packing.slots[packing.starts[place.row] : packing.starts[place.row + 1]]
+    if seed is not None:
+        lengths = np.searchsorted(packing.lengths, ranks, side="right") - 1
+        dealt = [
+            _deal(packing, rank, length, seed, place)
+            for rank, length in zip(ranks.tolist(), lengths.tolist(), strict=True)
+        ]
+        ranks = np.asarray(dealt)
+    documents: list[int] = packing.documents[ranks].tolist()
+    return documents
+
+
+def _deal(packing: Packing, rank: int, length: int, seed: int, place: Place) -> int:
     """The rank whose document takes the place of `rank` in this epoch: one of the same length."""
-    length = int(np.searchsorted(packing.lengths, rank, side="right")) - 1
     first, end = int(packing.lengths[length]), int(packing.lengths[length + 1])
-    return first + permute(rank - first, end - first, seed, epoch, length)
+    key = (seed, place.epoch, length, place.shard) if place.shard else (seed, place.epoch, length)
+    return first + permute(rank - first, end - first, *key)
 
 
 def permute(index: int, count: int, *key: int) -> int:
@@ -145,11 +183,21 @@ def _mix(value: int) -> int:
 
 
 def save_packing(packing: Packing, path: Path) -> None:
-    """Write a packing as `.npz`."""
-    np.savez(path, **packing._asdict())
+    """Write a packing as `.npy`: one array of int32, so that it can be mapped into memory."""
+    sizes = np.array([len(array) for array in packing], np.int32)
+    np.save(path, np.concatenate([sizes, *packing]))
 
 
 def load_packing(path: Path) -> Packing:
-    """Read what `save_packing` wrote."""
-    with np.load(path) as arrays:
-        return Packing(**{name: arrays[name] for name in Packing._fields})
+    """What `save_packing` wrote, mapped: what is not looked at is not read.
+
+    Raises:
+        OSError, ValueError: no such file, or another one.
+    """
+    # A plain array over the mapped one: looking things up in numpy's memmap takes several times as long.
+    content = np.asarray(np.load(path, mmap_mode="r"))
+    ends = np.cumsum(content[: len(Packing._fields)]) + len(Packing._fields)
+    if content.dtype != np.int32 or ends[-1] != len(content):
+        raise ValueError(f"'{path}' is no packing")
+    first = len(Packing._fields)
+    return Packing(*(content[start:end] for start, end in zip([first, *ends[:-1]], ends, strict=True)))

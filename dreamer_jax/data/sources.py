@@ -3,21 +3,20 @@
 Nothing is lost in silence: a row that cannot be used stops the preparation or, where the config says so, is counted.
 """
 
-import difflib
 import hashlib
-import itertools
-import json
 import re
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from dreamer_jax.config import DataConfig, Source
-from dreamer_jax.data.files import BOM, HEAD, check_file, expanded, foreign, reading
 from dreamer_jax.data.files import DataError as DataError
+from dreamer_jax.data.files import check_file, expanded, reading
+from dreamer_jax.data.layout import UnusableRow, exchange, text_of, values_at
+from dreamer_jax.data.rows import Fault, Row, rows_of
 
 Split = Literal["train", "validation"]
 
@@ -25,10 +24,6 @@ HELD_OUT_PERCENT = 2
 """Share of a source's documents that is held out where its config names no validation files."""
 VALIDATION_SEED = 2**30
 """First seed of the held-out exercises. reasoning-gym draws exercise i from seed + i, so seeds must lie far apart."""
-ROW_BYTES = 1 << 24
-"""Longest row. A longer one is hardly a row, and is never held in memory."""
-KINDS = {dict: "an object", list: "a list", float: "a number", bool: "true or false", type(None): "null"}
-"""What a JSON value is that is no text."""
 
 
 class Document(NamedTuple):
@@ -44,33 +39,7 @@ class Found(NamedTuple):
     split: Split
     document: Document
     origin: str
-    """File and line, or the task that generated it."""
-
-
-class _UnusableRow(Exception):
-    """A row that cannot become a document."""
-
-    def __init__(self, cause: str, detail: str = ""):
-        """`cause` is the same for all rows that share it, by which they are counted; `detail` is this row's."""
-        self.cause = cause
-        super().__init__(f"{cause} ({detail})" if detail else cause)
-
-
-# A number is never used, and may have more digits than Python makes an integer of.
-_DECODER = json.JSONDecoder(parse_int=float)
-
-
-def render_prompt(prompt: str) -> str:
-    """The text a model reads before it answers, in training and in generation alike.
-
-    The layout is the one that evaluation harnesses use for GSM8K, so that benchmarks meet the model's own format.
-    """
-    return f"Question: {prompt}\nAnswer:"
-
-
-def render_response(response: str) -> str:
-    """The text that follows `render_prompt`: it begins with the space that separates the two."""
-    return f" {response}"
+    """File and line or row, or the task that generated it."""
 
 
 def prompt_digest(prompt: str) -> int:
@@ -138,25 +107,23 @@ def _split_by_text(document: Document) -> Split:
 
 
 def _rows(path: Path, source: Source, data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[Document, str]]:
-    """The documents of one JSON-lines file, each with its place."""
-    found, first_fault = 0, "it has no rows"
-    with reading(path, _where(source)), path.open("rb") as file:
-        _check_kind(file, path, source)
-        for number, line in _lines(file):
-            origin = f"{path}, line {number}"
-            try:
-                document = _parse(line, source)
-            except _UnusableRow as fault:
-                if data.bad_rows == "error":
-                    raise DataError(f"{origin}: {fault}; {bad_row_fix('fix the row')}") from None
-                first_fault = f"the first is line {number}: {fault}" if first_fault == "it has no rows" else first_fault
-                skipped[fault.cause] += 1
-                continue
+    """The documents of one file, each with its place."""
+    found, first_fault = 0, ""
+    for place, row in rows_of(path, _where(source)):
+        document = row if isinstance(row, Fault) else _document(row, source)
+        if isinstance(document, Document):
             found += 1
-            yield document, origin
+            yield document, place
+            continue
+        if data.bad_rows == "error":
+            raise DataError(f"{place}: {document}; {bad_row_fix('fix the row')}")
+        first_fault = first_fault or f"the first is {place.removeprefix(f'{path}, ')}: {document}"
+        skipped[document.cause] += 1
     if not found:
         causes = f"skipped: {counts(skipped)}; " if skipped else ""
-        raise DataError(f"{path}: not one usable row for data source '{source.name}'; {causes}{first_fault}")
+        raise DataError(
+            f"{path}: not one usable row for data source '{source.name}'; {causes}{first_fault or 'it has no rows'}"
+        )
 
 
 def bad_row_fix(fix: str) -> str:
@@ -169,79 +136,37 @@ def counts(skipped: Counter[str]) -> str:
     return ", ".join(f"{n} ({cause})" for cause, n in skipped.items())
 
 
-def _check_kind(file: BinaryIO, path: Path, source: Source) -> None:
-    """Refuse a file that is no JSON lines at all, and go back to its beginning."""
-    head = file.read(HEAD)
-    file.seek(0)
-    kind = foreign(head)
-    first, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
-    if first.startswith(b"["):
-        kind = "one JSON array; write one object a line: jq -c '.[]' FILE > FILE.jsonl"
-    elif first.rstrip() == b"{" and rest.lstrip().startswith(b'"'):
-        kind = "JSON over several lines; write one object a line: jq -c . FILE > FILE.jsonl"
-    if kind:
-        raise DataError(f"data source '{source.name}': '{path}' is no file of JSON lines, but {kind}")
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines but blank ones; of a line that is too long only the beginning, one byte more than is allowed."""
-    for number in itertools.count(1):
-        line = file.readline(ROW_BYTES + 1)
-        if not line:
-            return
-        rest = line
-        while len(rest) > ROW_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(ROW_BYTES + 1)
-        line = line.removeprefix(BOM)
-        if line.strip():
-            yield number, line
-
-
-def _parse(line: bytes, source: Source) -> Document:
-    if len(line) > ROW_BYTES:
-        raise _UnusableRow(f"longer than {ROW_BYTES >> 20} MiB")
-    if b"\0" in line:
-        raise _UnusableRow("NUL bytes", "a crash leaves them behind; fetch the file again")
+def _document(row: Row, source: Source) -> Document | Fault:
+    """What a row says, without what the source removes; or why it says nothing."""
     try:
-        row = _DECODER.decode(line.rstrip().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _UnusableRow("not UTF-8 text", f"from byte {error.start + 1} of the line on") from None
-    except json.JSONDecodeError as error:
-        raise _UnusableRow("not JSON", f"{error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise _UnusableRow("JSON that is nested too deep") from None
-    if not isinstance(row, dict):
-        raise _UnusableRow("not a JSON object", KINDS.get(type(row), "a text"))
-    return Document(
-        _text(row, source.prompt_field, "prompt_field", source),
-        _text(row, source.response_field, "response_field", source),
-    )
+        if source.turns_field:
+            return _conversation(row, source)
+        return Document(
+            _text(row, source.prompt_field, "prompt_field of the source", source),
+            _text(row, source.response_field, "response_field of the source", source),
+        )
+    except UnusableRow as unusable:
+        return unusable.fault
 
 
-def _text(row: dict[str, Any], name: str, key: str, source: Source) -> str:
-    """The text of a field; `key` of the source names it."""
-    if name not in row:
-        raise _UnusableRow(f"no field '{name}'", _fields(row, name, key))
-    value = row[name]
-    if not isinstance(value, str):
-        raise _UnusableRow(f"field '{name}' is not text", f"it is {KINDS[type(value)]}")
-    value = _without(source, value)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _UnusableRow(f"field '{name}' has half a surrogate pair, which is no Unicode text") from None
-    if not value:
-        raise _UnusableRow(f"field '{name}' is empty")
-    return value
+def _conversation(row: Row, source: Source) -> Document:
+    field = source.turns_field
+    values = values_at(row, field, "turns_field of the source")
+    question, answer = exchange(values[0] if values else [], field)
+    return Document(_kept(question, field, source), _kept(answer, field, source))
 
 
-def _fields(row: dict[str, Any], name: str, key: str) -> str:
-    """What a row has instead of a field."""
-    if not row:
-        return "the row has no fields"
-    nearest = difflib.get_close_matches(name, list(row), n=1)
-    guess = f"; did you mean {nearest[0]!r}? Set {key} of the source" if nearest else f"; set {key} of the source"
-    return f"the row has {', '.join(repr(field[:40]) for field in list(row)[:10])}{guess}"
+def _text(row: Row, field: str, key: str, source: Source) -> str:
+    """The first text of a field, which the config's `key` names."""
+    values = values_at(row, field, key)
+    return _kept(text_of(values[0], field) if values else "", field, source)
+
+
+def _kept(text: str, field: str, source: Source) -> str:
+    """The text without what the source removes."""
+    if kept := _without(source, text):
+        return kept
+    raise UnusableRow(f"field '{field}' is empty")
 
 
 def _without(source: Source, text: str) -> str:

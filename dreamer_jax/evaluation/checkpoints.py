@@ -8,6 +8,7 @@ import jax
 
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import MeshConfig
+from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamer_jax.evaluation.evaluation import Subject
 from dreamer_jax.evaluation.requests import EvaluationError
@@ -65,6 +66,11 @@ class Candidate:
     def tokenizer(self) -> Tokenizer:
         """The run's."""
         return load_tokenizer(self.loaded.known_tokenizer, self.loaded.config.data.special_tokens)
+
+    @property
+    def template(self) -> Template:
+        """The run's."""
+        return Template.of(self.loaded.config.data)
 
     def subject(self, settings: Settings, depth: int | None) -> Subject:
         """What the results are of."""

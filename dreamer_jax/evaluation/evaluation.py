@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from dreamer_jax.data.template import Template
 from dreamer_jax.evaluation.benchmarks.tasks import prompts_hash
 from dreamer_jax.evaluation.comparison.statistics import Estimate, mean_interval
 from dreamer_jax.evaluation.requests import (
@@ -104,7 +105,14 @@ class Evaluation:
         return evaluation
 
     def run(
-        self, task: Task, root: Path, model: Model, *, limit: int | None, progress: Callable[[int, int], None]
+        self,
+        task: Task,
+        root: Path,
+        model: Model,
+        *,
+        template: Template,
+        limit: int | None,
+        progress: Callable[[int, int], None],
     ) -> Record:
         """Evaluate one task and write what came of it; outcomes that are there already are not asked for again.
 
@@ -112,13 +120,14 @@ class Evaluation:
             task: the benchmark.
             root: folder of the benchmarks' files.
             model: what is evaluated.
+            template: the layout of its training.
             limit: questions of each part of the task, from the beginning; all if None.
             progress: told of (requests that are done, all of them), first of those that were done before.
 
         Raises:
             EvaluationError: a file is missing or damaged, or no question is left.
         """
-        questions = task.questions(root)
+        questions = task.questions(root, template)
         given = limited(questions.items, limit)
         items = [item for item in given if model.can_read(item.request)]
         notes = questions.notes | ({UNREADABLE: len(given) - len(items)} if len(given) > len(items) else {})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamer_jax.data.sources import render_response
+from dreamer_jax.data.template import DEFAULT_TEMPLATE
 from dreamer_jax.evaluation.requests import (
     Choose,
     EvaluationError,
@@ -94,7 +94,7 @@ def _outcome(item: Item, giver: Item) -> Outcome:
     """The right answer of `giver` as an outcome of `item`."""
     match item.request:
         case Generate() if giver.solution:
-            return Generated(render_response(giver.solution), tokens=0, finished=True)
+            return Generated(DEFAULT_TEMPLATE.answered(giver.solution), tokens=0, finished=True)
         case Choose(options=options) if giver.gold is not None:
             right = _right_option(giver) % len(options)
             nats = tuple(0.0 if option == right else -1000.0 for option in range(len(options)))

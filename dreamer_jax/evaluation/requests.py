@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.errors import DreamerError
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ class Task(abc.ABC):
     """The first is the one that stands in tables."""
 
     @abc.abstractmethod
-    def questions(self, root: Path) -> Questions:
-        """The items, from the files below `root`.
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
+        """The items, from the files below `root`, in the layout of the model's training.
 
         Raises:
             EvaluationError: a file is missing or cannot be read as what it should be; the message names it.

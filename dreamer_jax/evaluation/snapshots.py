@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dreamer_jax.config import TrainConfig, user_path
+from dreamer_jax.config import Config, user_path
+from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import load_tokenizer
 from dreamer_jax.evaluation.benchmarks.tasks import named
 from dreamer_jax.evaluation.evaluation import estimates, limited
@@ -23,15 +24,16 @@ class Benchmarks:
     asked: tuple[tuple[Task, tuple[Item, ...]], ...]
 
     @staticmethod
-    def of(config: TrainConfig) -> "Benchmarks":
+    def of(config: Config) -> "Benchmarks":
         """Those that the config names, with their files read.
 
         Raises:
             EvaluationError: an unknown task, a missing or damaged file, or a task without questions.
         """
-        root, found = user_path(config.evaluate_data, "train.evaluate_data"), []
-        for task in named([name.strip() for name in config.evaluate_tasks.split(",") if name.strip()]):
-            items = limited(task.questions(root).items, config.evaluate_limit)
+        train, template, found = config.train, Template.of(config.data), []
+        root = user_path(train.evaluate_data, "train.evaluate_data")
+        for task in named([name.strip() for name in train.evaluate_tasks.split(",") if name.strip()]):
+            items = limited(task.questions(root, template).items, train.evaluate_limit)
             if not items:
                 raise EvaluationError(f"train.evaluate_tasks: {task.name} has no questions in '{root}'")
             found.append((task, tuple(items)))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,9 @@ from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.hardware import peak_flops
 from dreamer_jax.config import Config, ConfigError, check_run_path
 from dreamer_jax.data.batch import Batch
-from dreamer_jax.data.builder import Prepared, prepare, unigram_entropy
+from dreamer_jax.data.builder import prepare
 from dreamer_jax.data.loader import batches
+from dreamer_jax.data.prepared import Prepared
 from dreamer_jax.distributed import DistributedError, Group
 from dreamer_jax.errors import DreamerError
 from dreamer_jax.kernels.compute import Compute
@@ -49,6 +50,9 @@ from dreamer_jax.training.step import (
     make_evaluation,
     make_train_step,
 )
+
+OF_THE_MODEL = ("data.special_tokens", "data.prompt_template", "data.response_template")
+"""Keys of the model outside of its section: the form of the documents that it reads and writes."""
 
 
 class TrainingDiverged(DreamerError, RuntimeError):
@@ -143,7 +147,7 @@ def train(config: Config, group: Group | None = None, look: Look | None = None, 
     # One device: kernels do not run on arrays spread over several outside of shard_map.
     params, biases = sharding.on_one_device(mesh, (state.params, state.biases))
     model = nnx.merge(graph, params, biases)
-    entropy = unigram_entropy(prepared)
+    entropy = prepared.unigram_entropy
     return Summary(config, step, stopped_by, run.last_loss, validation, entropy, model, prepared)
 
 
@@ -194,7 +198,7 @@ def _restored(
     config: Config, checkpoints: Checkpoints, state: TrainState, step: int, prepared: Prepared, group: Group
 ) -> tuple[TrainState, _Start]:
     changed, position = changed_keys(checkpoints.config(step), config), checkpoints.position(step)
-    other_model = [key for key in changed if key.startswith("model.") or key == "data.special_tokens"]
+    other_model = of_the_model(changed)
     if other_model:
         raise ConfigError(
             f"{config.run_dir} holds checkpoints of another model (differs in {', '.join(other_model)}); "
@@ -203,13 +207,18 @@ def _restored(
     if not group.index:
         check_tokenizer(config.run_dir, prepared.tokenizer)
         note = f"; changed since it was written: {', '.join(changed)}" if changed else ""
-        if position.data not in (None, prepared.directory.name):
-            note += f"; the data are others than before ({position.data}, now {prepared.directory.name})"
+        if position.data not in (None, prepared.key):
+            note += f"; the data are others than before ({position.data}, now {prepared.key})"
         print(f"resuming from step {step} of {checkpoints.directory}{note}", flush=True)
     restored = checkpoints.restore(state, step)
     # What is saved is good; a count of bad steps in old checkpoints would end the run at its first.
     good = jnp.zeros_like(restored.bad_in_a_row)
     return restored._replace(bad_in_a_row=good), _Start(step, position.rows)
+
+
+def of_the_model(changed: Sequence[str]) -> list[str]:
+    """Those of the changed keys with which a checkpoint's weights would be another model."""
+    return [key for key in changed if key.startswith("model.") or key in OF_THE_MODEL]
 
 
 @dataclass
@@ -311,7 +320,7 @@ class _Run:
         self.group.beat(f"the checkpoint of step {step}", slow=True)
         self.sinks.flush()  # records are not to fall behind the state that goes on from here
         rows = self.start.rows + (step - self.start.step) * self.config.train.batch
-        self.checkpoints.save(self.config, state, step, Position(rows, self.prepared.directory.name))
+        self.checkpoints.save(self.config, state, step, Position(rows, self.prepared.key))
         self.group.beat(f"step {step + 1}")
 
     def finished(self, state: TrainState, step: int) -> float | None:

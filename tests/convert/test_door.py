@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(train_sentencepiece(["What is 12 plus 30? It is 42."] * 4, 300))
     model, arrays = example()
-    config = Config(name="run", out=str(folder), model=model, data=DataConfig(context=99))
+    config = Config(name="run", out=str(folder), model=model, data=DataConfig(context=99, prompt_template="Q: {text}"))
     save_model(folder / "run", config, convert.build(model, arrays), tokenizer)
     return folder / "run"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dreamer_jax.config import Config, DataConfig, ModelConfig, Source, TrainConfig
-from dreamer_jax.data.builder import Prepared, prepare
+from dreamer_jax.data.builder import prepare
+from dreamer_jax.data.prepared import Prepared
 
 MARKS = r"<<[^<>]*>>"
 NAMES = ("Ada", "Emmy", "Sophie", "Srinivasa", "Carl", "Leonhard", "Maryam", "Henri")

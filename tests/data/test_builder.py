@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import tensorflow_datasets as tfds
 import tokenizers
 
 from dreamer_jax import config as config_module
-from dreamer_jax.config import Config
-from dreamer_jax.data import builder, dataset
-from dreamer_jax.data.builder import Prepared, preparation_key, prepare, unigram_entropy
-from dreamer_jax.data.sources import DataError, render_prompt, render_response
+from dreamer_jax.config import Config, Source
+from dreamer_jax.data import builder
+from dreamer_jax.data import prepared as prepared_data
+from dreamer_jax.data.builder import preparation_key, prepare
+from dreamer_jax.data.prepared import Prepared
+from dreamer_jax.data.sources import DataError
 from dreamer_jax.data.tokenizer import load_tokenizer
 from dreamer_jax.data.unfinished import OWNER, unfinished
 from tests.data.conftest import sums
@@ -42,8 +45,22 @@ def test_the_dataset_is_array_record_with_the_documents_in_their_order(config: C
         start, tokens = int(stored["response_start"]), stored["tokens"].tolist()
         assert tokens[0] == tokenizer.bos
         assert tokens[-1] == tokenizer.eos
-        assert tokenizer.decode(tokens[:start]) == render_prompt(str(row["question"]))
-        assert tokenizer.decode(tokens[start:]) == render_response("#### " + str(row["answer"]).split("#### ")[1])
+        assert tokenizer.decode(tokens[:start]) == f"Question: {row['question']}\nAnswer:"
+        assert tokenizer.decode(tokens[start:]) == " #### " + str(row["answer"]).split("#### ")[1]
+
+
+def test_documents_are_laid_out_as_the_config_says(one_source: Callable[..., Config]):
+    rows = sums(40, seed=1)
+    prepared = prepare(one_source(rows, prompt_template="Exercise: {text}\nSolution:", response_template="\n{text}."))
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    assert len(tokenizer.encode("Question")) > 3  # the tokenizer has seen no such word
+    for stored in tokens_on_disk(prepared, "sums", "train"):
+        start, tokens = int(stored["response_start"]), stored["tokens"].tolist()
+        assert tokenizer.decode(tokens[:start]) in {f"Exercise: {row['question']}\nSolution:" for row in rows}
+        assert tokenizer.decode(tokens[start:]).startswith("\n#### ")
+        assert tokenizer.decode(tokens[start:]).endswith(".")
+    assert prepared.report["prompt_template"] == "Exercise: {text}\nSolution:"
+    assert prepared.report["response_template"] == "\n{text}."
 
 
 def test_the_report_counts_what_is_on_disk(prepared: Prepared):
@@ -64,8 +81,8 @@ def test_the_unigram_entropy_is_that_of_the_weighted_mixture(config: Config, pre
         counts = np.bincount(np.concatenate([document["tokens"][1:] for document in stored]), minlength=420)
         mixture += source.weight * prepared.report["sources"][source.name]["train"]["fill"] * counts / counts.sum()
     p = mixture[mixture > 0] / mixture.sum()
-    assert unigram_entropy(prepared) == pytest.approx(-(p * np.log(p)).sum())
-    assert unigram_entropy(prepare(change(config, "data", response_only=True))) < unigram_entropy(prepared)
+    assert prepared.unigram_entropy == pytest.approx(-(p * np.log(p)).sum())
+    assert prepare(change(config, "data", response_only=True)).unigram_entropy < prepared.unigram_entropy
 
 
 def test_a_second_preparation_is_found_not_built(config: Config, prepared: Prepared, monkeypatch: pytest.MonkeyPatch):
@@ -88,6 +105,8 @@ def test_the_key_follows_what_shapes_the_data_and_nothing_else(one_source: Calla
     for other in (
         change(config, "data", context=64),
         change(config, "data", special_tokens=("<s>",)),
+        change(config, "data", prompt_template="Q: {text}"),
+        change(config, "data", response_template="\n{text}"),
         change(config, "data", sources=kept),
         change(config, "model", vocab=300),
     ):
@@ -105,7 +124,9 @@ def test_held_out_documents_whose_prompt_is_trained_on_are_dropped_and_counted(o
 
 def test_long_documents_are_counted_or_refused(one_source: Callable[..., Config], capsys: pytest.CaptureFixture[str]):
     rows = [*sums(60, seed=1), {"question": "long " * 200, "answer": "yes"}]
-    assert prepare(one_source(rows)).report["sources"]["sums"]["skipped"] == {"longer than the context": 1}
+    report = prepare(one_source(rows)).report["sources"]["sums"]
+    assert report["skipped"] == {"longer than the context": 1}
+    assert (report["train"]["documents"], report["train"]["too_long"]) == (60, 1)
     assert "skipped: 1 (longer than the context)" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"exceeds data\.context = 128; raise it.*'long long"):
         prepare(one_source(rows, long_documents="error"))
@@ -143,7 +164,7 @@ def test_a_preparation_killed_halfway_leaves_nothing_in_the_way(one_source: Call
     (tmp_path / "config.json").write_text(config_module.to_json(config))
     script = (
         "import os, signal, sys; from dreamer_jax import config; from dreamer_jax.data import builder\n"
-        "builder.dataset.write_dataset = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "builder.assemble = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "builder.prepare(config.from_json(open(sys.argv[1]).read()))"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "config.json")], timeout=120, check=False)
@@ -187,8 +208,10 @@ def test_other_processes_must_see_what_the_first_prepared(
 
 def test_a_config_that_names_no_documents_or_tokens_of_no_tokenizer_is_refused(one_source: Callable[..., Config]):
     config = one_source(sums(5, seed=1))
-    with pytest.raises(DataError, match=r"data\.sources is empty"):
+    with pytest.raises(DataError, match=r"data\.sources is empty: name .*, or give prepared data as --data\.prepared"):
         prepare(change(config, "data", sources=()))
+    with pytest.raises(DataError, match=r"'x': give either train files or reasoning-gym tasks, or prepared data"):
+        prepare(change(config, "data", sources=(Source("x"),)))
     with pytest.raises(DataError, match=r"data\.special_tokens names tokens of a tokenizer that is given"):
         prepare(change(config, "data", special_tokens=("<s>",)))
 
@@ -320,32 +343,26 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_key(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
-@pytest.mark.parametrize("part", ["unfinished", "save_packing", "write_whole"])
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        (builder, "unfinished"),
+        (prepared_data, "save_packing"),
+        (builder, "write_whole"),
+        (prepared_data, "write_whole"),
+    ],
+)
 def test_a_disk_that_refuses_is_an_error_that_names_the_key_and_leaves_nothing(
-    one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, part: str, number: int
+    one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, module: ModuleType, part: str, number: int
 ):
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     config = one_source(sums(30, seed=1))
-    monkeypatch.setattr(builder, part, refuse)
+    monkeypatch.setattr(module, part, refuse)
     with pytest.raises(DataError, match=rf"data\.prepared = .*{os.strerror(number)}.*--data\.prepared"):
         prepare(config)
     assert part == "unfinished" or list(Path(config.data.prepared).iterdir()) == []
-
-
-def test_an_error_of_the_writer_of_records_that_is_none_of_the_disk_stays_what_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    said = ["Failed to write: write() failed: No space left on device; writing /x; Failed to close", "a bug"]
-    for text, kind in zip(said, (OSError, RuntimeError), strict=True):
-
-        def refuse(*_: object, text: str = text, **__: object) -> None:
-            raise RuntimeError(text)
-
-        monkeypatch.setattr(dataset.TokenizedDocuments, "download_and_prepare", refuse)
-        with pytest.raises(kind, match=r"^No space left on device$|^a bug$"):
-            dataset.write_dataset("x", {}, tmp_path)
 
 
 # Folders that nobody fills any more.
@@ -400,8 +417,6 @@ def flip(path: Path) -> None:
         "report.json",
         "tokenizer.model",
         "sums/unigrams.npy",
-        "sums/train.packing.npz",
-        "sums/validation.packing.npz",
         "sums/1.0.0/features.json",
         "sums/1.0.0/dataset_info.json",
     ],
@@ -439,7 +454,7 @@ def test_a_report_that_may_not_be_read_is_not_called_damaged(
 
     config = one_source(sums(30, seed=1))
     prepare(config)
-    monkeypatch.setattr(builder, "_verified", refuse)
+    monkeypatch.setattr(prepared_data, "_verified", refuse)
     with pytest.raises(DataError, match=r"data\.prepared.*report\.json' cannot be read; change its rights"):
         prepare(config)
 
@@ -450,24 +465,3 @@ def test_what_others_leave_beside_the_files_does_not_count(one_source: Callable[
     for name in (".DS_Store", "._tokenizer.model", "tokenizer.json", "sums/.nfs0001", "sums/1.0.0/._features.json"):
         (first.directory / name).write_bytes(b"x")
     assert prepare(config) == first
-
-
-def test_a_dataset_that_names_other_classes_is_refused_before_they_are_imported(
-    one_source: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    prepared = prepare(one_source(sums(30, seed=1)))
-    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    path = prepared.directory / "sums/1.0.0/features.json"
-    description = json.loads(path.read_text())
-    for change_it in (
-        lambda d: d | {"pythonClassName": "stranger.Feature"},
-        lambda d: {"type": "stranger.Feature", "content": {}},
-        lambda d: d | {"extra": 1},
-        lambda d: [],
-    ):
-        path.write_text(json.dumps(change_it(description)))
-        with pytest.raises(DataError, match=rf"features\.json' is not what .*delete the folder '{prepared.directory}'"):
-            dataset.open_dataset(prepared.directory, "sums", "train")
-    path.write_text(json.dumps(description))
-    assert len(dataset.open_dataset(prepared.directory, "sums", "train")) == 30

@@ -1,7 +1,10 @@
 """Batches: a pure function of seed and row, whoever asks and however often it was interrupted."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +14,13 @@ import numpy as np
 import pytest
 
 from dreamer_jax.config import Config
+from dreamer_jax.data import builder, loader
 from dreamer_jax.data.batch import Batch
-from dreamer_jax.data.builder import Prepared, prepare
+from dreamer_jax.data.builder import prepare
 from dreamer_jax.data.loader import PackedRows, batches, rows
-from dreamer_jax.data.pack import row_documents
-from dreamer_jax.data.sources import DataError, render_prompt
+from dreamer_jax.data.pack import find_row, row_documents
+from dreamer_jax.data.prepared import Prepared
+from dreamer_jax.data.sources import DataError
 from dreamer_jax.data.tokenizer import load_tokenizer
 from tests.data.conftest import sums
 
@@ -120,7 +125,7 @@ def test_the_mask_covers_the_response_and_its_end(prepared: Prepared, stream: li
             inside = segments == segment
             prompt, response = tokens[inside & ~mask], tokens[inside & mask]
             assert response[-1] == tokenizer.eos
-            assert tokenizer.decode(prompt).endswith(render_prompt("")[-8:])
+            assert tokenizer.decode(prompt).endswith("\nAnswer:")
             assert tokenizer.decode(response).startswith((" #### ", " They are "))
 
 
@@ -132,6 +137,59 @@ def test_an_epoch_of_batches_holds_every_document_once(one_source: Callable[...,
     for epoch in range(2):
         found = [d for batch in take(count, prepared, config, start_row=epoch * count) for d in documents_of(batch)]
         assert len(found) == len(set(found)) == 64
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files of a folder that this process holds open."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one of the listing is closed by now
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [name for name in found if name.startswith(str(folder))]
+
+
+@pytest.fixture
+def sharded(one_source: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Prepared]:
+    """64 training documents in shards of ten, of which two may be open at a time."""
+    monkeypatch.setattr(builder, "SHARD_DOCUMENTS", 10)
+    monkeypatch.setattr(loader, "_open_shard", functools.lru_cache(maxsize=2)(loader._open_shard.__wrapped__))
+    config = one_source(sums(64, seed=1))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=1)), prepare(config)
+
+
+def test_an_epoch_over_shards_holds_every_document_once_with_few_open(sharded: tuple[Config, Prepared]):
+    config, prepared = sharded
+    part = prepared.report["sources"]["sums"]["train"]
+    assert part["shards"]["documents"] == [10, 10, 10, 10, 10, 10, 4]
+    epochs = [take(part["rows"], prepared, config, start_row=epoch * part["rows"]) for epoch in range(2)]
+    for found in epochs:
+        documents = [document for batch in found for document in documents_of(batch)]
+        assert len(documents) == len(set(documents)) == 64
+    assert not equal(*epochs)
+    assert loader._open_shard.cache_info().misses > 7
+    assert len(open_files(prepared.directory)) <= 4  # two of each shard
+
+
+def test_a_shard_is_not_opened_before_it_is_needed(sharded: tuple[Config, Prepared]):
+    config, prepared = sharded
+    stream = rows(prepared, config, "train")
+    assert loader._open_shard.cache_info().currsize == 0
+    stream[0]
+    assert loader._open_shard.cache_info().currsize == 1
+    assert len(open_files(prepared.directory)) == 2
+
+
+def test_a_packing_that_has_changed_is_found_when_its_shard_is_first_opened(sharded: tuple[Config, Prepared]):
+    config, prepared = sharded
+    path = prepared.directory / "sums" / "train-00003.packing.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    stream = rows(prepare(config), config, "train")
+    with pytest.raises(
+        DataError, match=rf"packing of shard 3 of sums/train .*delete the folder '{prepared.directory}'"
+    ):
+        [stream[index] for index in range(200)]
 
 
 def test_rows_follow_the_weights(prepared: Prepared, config: Config, stream: list[Batch]):
@@ -188,11 +246,14 @@ def test_a_document_that_is_not_the_one_written_is_named(
     config = one_source(sums(64, seed=1))
     prepared = prepare(config)
     source = PackedRows(prepared, "sums", "train", config.data.context, None)
-    row = next(row for row in range(len(source)) if 7 in row_documents(source._packing, row, None))
-    stored = list(source._documents)
+    shard = source._shard(0)
+    places = [find_row([len(source)], index, None) for index in range(len(source))]
+    row = next(place.row for place in places if 7 in row_documents(shard.packing, place, None))
+    stored = [shard.documents[i] for i in range(len(shard.documents))]
     source[row]
     for change in ({"tokens": stored[7]["tokens"][::-1].copy()}, {"response_start": 1}, {"checksum": 0}):
-        monkeypatch.setattr(source, "_documents", [*stored[:7], stored[7] | change, *stored[8:]])
+        changed = shard._replace(documents=[*stored[:7], stored[7] | change, *stored[8:]])
+        monkeypatch.setattr(loader, "_open_shard", lambda *_, changed=changed: changed)
         with pytest.raises(DataError, match=rf"document 7 of sums/train .*delete the folder '{prepared.directory}'"):
             source[row]
 

@@ -11,9 +11,9 @@ from dreamer_jax.config import CheckpointConfig, Config, ConfigError, DataConfig
 from dreamer_jax.data.tokenizer import train_sentencepiece
 from dreamer_jax.evaluation.requests import EvaluationError
 from dreamer_jax.training.checkpoint import save_model
-from dreamer_jax.training.loop import train
 from tests import oracle
 from tests.models import changed, sizes_of, small
+from tests.training.shared import train
 from tests.training.toy import REFERENCE, toy_config, with_model
 
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
         name="run",
         out=str(folder),
         model=model,
-        data=DataConfig(context=64),
+        data=DataConfig(context=64, prompt_template="Asked: {text}\nSaid:"),
         train=TrainConfig(dtype="float32"),
     )
     save_model(folder / "run", config, convert.build(model, oracle.random_weights(sizes_of(model), 3, 0.3)), tokenizer)
@@ -74,7 +74,10 @@ def test_scores_and_items_stand_beside_the_checkpoint(evaluated):
     assert list(found["tasks"]) == ["gsm8k", "ppl"]
     assert found["tasks"]["gsm8k"]["metrics"]["robust"]["n"] == 3
     assert 30 < found["tasks"]["ppl"]["metrics"]["perplexity"]["value"] < 3000
-    assert len((evaluated / "0" / "items.jsonl").read_text().splitlines()) == 5
+    items = (evaluated / "0" / "items.jsonl").read_text().splitlines()
+    prompts = {json.loads(line)["request"].get("prompt") for line in items}
+    assert len(items) == 5
+    assert prompts == {None, *(f"Asked: What is {i} plus 30?\nSaid:" for i in range(3))}
 
 
 def test_another_depth_has_a_folder_and_scores_of_its_own(evaluated):
@@ -164,6 +167,13 @@ def test_benchmarks_along_a_training_are_in_its_records_and_leave_it_as_it_is(da
     assert found[2]["evaluate/ppl/nats_per_token"] != found[4]["evaluate/ppl/nats_per_token"]
     kept = sorted(int(path.name) for path in (with_benchmarks.run_dir / "checkpoints").iterdir())
     assert kept == [2, 4]
+
+
+def test_benchmarks_along_a_training_are_asked_in_the_layout_of_the_run(data, tmp_path):
+    asked = {"evaluate_every": 2, "evaluate_data": str(data), "evaluate_tasks": "gsm8k", "evaluate_limit": 1}
+    config = changed(toy_config(tmp_path), train=asked, data={"prompt_template": "Asked: {text}\nSaid:"})
+    [(_, [item])] = train_door.benchmarks(config).asked
+    assert item.request.prompt == "Asked: What is 0 plus 30?\nSaid:"
 
 
 def test_benchmarks_whose_files_are_missing_cost_no_training(tmp_path):

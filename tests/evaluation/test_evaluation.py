@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.evaluation import Evaluation, Subject, limited, read_records
 from dreamer_jax.evaluation.requests import (
     Choose,
@@ -34,9 +35,10 @@ class Sums(Task):
     rows: int = 4
     stop: str = "\n"
 
-    def questions(self, root):
+    def questions(self, root, template=DEFAULT_TEMPLATE):
         asked = [
-            Item(f"text/{i}", Generate(f"{i}+1=", (self.stop,), 8), str(i + 1), group="text") for i in range(self.rows)
+            Item(f"text/{i}", Generate(template.asked(f"{i}+1="), (self.stop,), 8), str(i + 1), group="text")
+            for i in range(self.rows)
         ]
         chosen = [Item(f"options/{i}", Choose(f"{i}+1=", ("1", "2")), 0, group="options") for i in range(self.rows)]
         return Questions([*asked, *chosen], {"odd rows": 1})
@@ -73,7 +75,12 @@ def run(folder, task=None, model=None, limit=None, subject=SUBJECT):
     steps = []
     evaluation = Evaluation.opened(folder, subject)
     evaluation.run(
-        task or Sums(), folder, model or Model(), limit=limit, progress=lambda done, total: steps.append((done, total))
+        task or Sums(),
+        folder,
+        model or Model(),
+        template=Template("Sum: {text}"),
+        limit=limit,
+        progress=lambda done, total: steps.append((done, total)),
     )
     return json.loads((folder / "scores.json").read_text()), steps
 
@@ -97,7 +104,7 @@ def test_every_item_has_a_line_with_prompt_outcome_and_verdict(tmp_path):
     records = {record["id"]: record for record in read_records(tmp_path / "e" / "items.jsonl")}
     assert len(records) == 8
     record = records["text/1"]
-    assert record["request"] == {"prompt": "1+1=", "stop": ["\n"], "max_tokens": 8}
+    assert record["request"] == {"prompt": "Sum: 1+1=", "stop": ["\n"], "max_tokens": 8}
     assert record["outcome"] == {"text": "= 2\u2028", "tokens": 4, "finished": False, "cut": False}
     assert (record["gold"], record["scores"], record["extracted"]) == ("2", {"right": 1.0}, {"number": "= 2\u2028"})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks.gsm8k import NO_ANSWER, Gsm8k
 from dreamer_jax.evaluation.benchmarks.hendrycks_math import Math
 from dreamer_jax.evaluation.gold import check, gold_outcomes, shuffled_outcomes
@@ -36,7 +37,7 @@ class Letters(Task):
     metrics = METRICS
     count: int = 400
 
-    def questions(self, root: Path) -> Questions:
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
         request = Choose("Q", (" a", " b", " c", " d"))
         return Questions([Item(str(n), request, gold=[1 + n % 3]) for n in range(self.count)])
 

@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 
 from dreamer_jax import convert
 from dreamer_jax.config import Config, DataConfig, TrainConfig
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.data.tokenizer import train_sentencepiece
 from dreamer_jax.evaluation import checkpoints
 from dreamer_jax.evaluation.benchmarks.mmlu import SUBJECTS
@@ -51,9 +52,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.write_bytes(train_sentencepiece(texts, VOCAB))
     model = changed(small("DR"), vocab=VOCAB)
     weights = oracle.random_weights(sizes_of(model), seed=3, scale=0.3)
-    config = Config(
-        name="run", out=str(folder), model=model, data=DataConfig(context=CONTEXT), train=TrainConfig(dtype="float32")
-    )
+    data = DataConfig(context=CONTEXT, prompt_template="Asked: {text}\nSaid:")
+    config = Config(name="run", out=str(folder), model=model, data=data, train=TrainConfig(dtype="float32"))
     save_model(folder / "run", config, convert.build(model, weights), tokenizer)
     return folder / "run"
 
@@ -390,14 +390,16 @@ def test_choices_are_asked_and_scored_as_by_the_harness(
         assert {theirs: verdict.scores[ours] for theirs, ours in metrics.items()} == {m: sample[m] for m in metrics}
 
 
-def test_math_is_asked_as_in_this_projects_own_evaluation(data: Path, tasks: tuple[Path, Written]) -> None:
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, Template("{{problem}} {% if %} Q: {text}\n")])
+def test_math_is_asked_as_in_this_projects_own_evaluation(template: Template, data: Path, tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(tasks[0]), include_defaults=False)
+    write_tasks(data, tmp_path, template)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     task = manager.load(["math500_local"])["tasks"]["math500_local"]
     task.set_config(key="num_fewshot", value=0)  # as the harness does where a task says nothing
     task.build_all_requests(rank=0, world_size=1)
-    [item] = named(["math500"])[0].questions(data).items
+    [item] = named(["math500"])[0].questions(data, template).items
     [(prompt, kwargs)] = [instance.args for instance in task.instances]
     assert Generate(prompt, tuple(kwargs["until"]), kwargs["max_gen_toks"]) == item.request
 
@@ -431,13 +433,16 @@ def test_the_command_evaluates_models_of_this_project_and_not_one_request_at_a_t
 
 
 def test_the_command_writes_tasks_and_names_what_comes_next(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [])
     assert harness.main(["write-tasks", "--data", str(data), "--out", str(tmp_path / "tasks")]) == 0
     said = capsys.readouterr().out
     assert f"gsm8k_local: 6 rows of {data}" in said
     assert said.splitlines()[-1].endswith(f"--include_path {tmp_path / 'tasks'} --tasks gsm8k_local")
+    of_run = ["--out", str(tmp_path / "of_run"), "--checkpoint", str(run)]
+    assert harness.main(["write-tasks", "--data", str(data), *of_run]) == 0
+    assert "Asked: " in (tmp_path / "of_run" / "math500_local.yaml").read_text()
     assert harness.main(["write-tasks", "--data", str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
     assert "has no file of a benchmark" in capsys.readouterr().err
 

@@ -3,12 +3,14 @@
 import pytest
 
 from dreamer_jax import convert, generate
+from dreamer_jax import train as train_door
 from dreamer_jax.config import Config, DataConfig, TrainConfig
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.prepared import Prepared
 from dreamer_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from dreamer_jax.inference import engine
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.training.checkpoint import load_model, save_model
+from dreamer_jax.training.loop import Summary
 from tests import oracle
 from tests.models import changed, sizes_of, small
 
@@ -23,9 +25,8 @@ def run(tmp_path_factory):
     tokenizer.write_bytes(train_sentencepiece(["Question: What is 12 plus 30?\nAnswer: It is 42 €."] * 4, VOCAB))
     model = changed(small("DR+DA"), vocab=VOCAB)
     weights = oracle.random_weights(sizes_of(model), seed=3, scale=0.3)
-    config = Config(
-        name="run", out=str(folder), model=model, data=DataConfig(context=64), train=TrainConfig(dtype="float32")
-    )
+    data = DataConfig(context=64, prompt_template="<{text}>")
+    config = Config(name="run", out=str(folder), model=model, data=data, train=TrainConfig(dtype="float32"))
     save_model(folder / "run", config, convert.build(model, weights), tokenizer)
     return folder / "run"
 
@@ -35,7 +36,7 @@ def expected(run):
     """(prompts' token ids, their greedy answers as text)."""
     loaded = load_model(run)
     tokenizer = load_tokenizer(loaded.tokenizer_path)
-    prompts = [[tokenizer.bos, *tokenizer.encode(render_prompt(text))] for text in ("What is 12?", "30 plus 30?")]
+    prompts = [[tokenizer.bos, *tokenizer.encode(f"<{text}>")] for text in ("What is 12?", "30 plus 30?")]
     answers = engine.generate(loaded.model, Compute(), prompts, max_tokens=12, stop_ids=(tokenizer.eos,))
     return [tokenizer.decode(answer).rstrip("\ufffd").lstrip(" ") for answer in answers]
 
@@ -57,6 +58,14 @@ def test_several_prompts_are_answered_in_one_batch(run, expected, capsys):
     printed = capsys.readouterr()
     assert f"== What is 12?\n{expected[0]}\n" in printed.out
     assert f"== 30 plus 30?\n{expected[1]}\n" in printed.out
+
+
+def test_the_sample_at_the_end_of_a_training_is_asked_in_the_layout_of_the_run(run, monkeypatch):
+    monkeypatch.setattr(engine, "generate", lambda model, compute, prompts, **_: prompts)
+    loaded = load_model(run)
+    prepared = Prepared(run, "key", loaded.tokenizer_path, {}, {}, 1.0, {"sources": {}})
+    said = train_door.sample(Summary(loaded.config, 0, None, None, None, 1.0, loaded.model, prepared))
+    assert said.count("<What is 12 + 30?>") == 2  # what is printed, and what the model has read
 
 
 def test_a_stop_string_ends_the_answer_before_it(run, expected, capsys):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks.answers import CALCULATOR_MARK, number_value, robust_number
 from dreamer_jax.evaluation.benchmarks.rows import read_rows
 from dreamer_jax.evaluation.requests import Generate, Generated, Item, Metric, Outcome, Questions, Task, Verdict
@@ -37,7 +37,7 @@ class Gsm8k(Task):
     max_tokens: int = 512
     metrics = METRICS
 
-    def questions(self, root: Path) -> Questions:
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
         """An item for each row, named by its number; solutions are without calculator marks, as models are trained."""
         items: list[Item] = []
         notes: Counter[str] = Counter()
@@ -46,7 +46,7 @@ class Gsm8k(Task):
             if not re.fullmatch(r"-?\d*\.?\d+", gold):
                 notes[NO_ANSWER] += 1
                 continue
-            request = Generate(render_prompt(row["question"]), STOPS, self.max_tokens)
+            request = Generate(template.asked(row["question"]), template.stops(STOPS), self.max_tokens)
             solution = CALCULATOR_MARK.sub("", row["answer"]).strip()
             items.append(Item(str(number), request, gold, solution))
         return Questions(items, dict(notes))

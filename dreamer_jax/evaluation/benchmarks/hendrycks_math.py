@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks.answers import math_answer, normalised
 from dreamer_jax.evaluation.benchmarks.rows import Row, read_rows
 from dreamer_jax.evaluation.benchmarks.verification import Comparison, check_installed, compare
 from dreamer_jax.evaluation.requests import Generate, Generated, Item, Metric, Outcome, Questions, Task, Verdict
 
-STOPS = ("Question:", "Problem:", "</s>", "<|im_end|>")
-"""The beginning of another problem in the layout used here and in the harness's, and what ends a text in others."""
+STOPS = ("Problem:", "</s>", "<|im_end|>")
+"""The beginning of another problem in the harness's layout, and what ends a text in others."""
 METRICS = {
     "verified": Metric("accuracy of the final answer, compared by math-verify or equal after normalisation"),
     "normalised": Metric("accuracy of the final answer, equal as text after normalisation"),
@@ -34,7 +34,7 @@ class Math(Task):
     max_tokens: int = 1024
     metrics = METRICS
 
-    def questions(self, root: Path) -> Questions:
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
         """An item for each row, named by its number and grouped by subject; problems are stripped, as for training."""
         check_installed()  # before answers are asked for that nobody could judge
         items: list[Item] = []
@@ -43,7 +43,7 @@ class Math(Task):
             if (gold := _gold(row)) is None:
                 notes[NO_ANSWER] += 1
                 continue
-            request = Generate(render_prompt(row["problem"].strip()), STOPS, self.max_tokens)
+            request = Generate(template.asked(row["problem"].strip()), template.stops(STOPS), self.max_tokens)
             items.append(Item(str(number), request, gold, row["solution"], _subject(row)))
         return Questions(items, dict(notes))
 

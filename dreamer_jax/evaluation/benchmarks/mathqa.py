@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks.mmlu import (
     choice_items,
     choice_metrics,
@@ -50,7 +50,7 @@ class MathQa(Task):
     split: str = "test"
     metrics = choice_metrics(0.2, "cloze")
 
-    def questions(self, root: Path) -> Questions:
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
         """A cloze and a lettered item for each row that can be read, grouped by the row's category."""
         path = find_file(root, [f"mathqa/{self.split}.json", f"mathqa/{self.split}.jsonl"])
         items: list[Item] = []
@@ -64,7 +64,7 @@ class MathQa(Task):
             right = equal_to(options, LETTERS.index(letter))
             notes.update(_oddities(row["options"], options))
             notes.update(choice_oddities(options, right))
-            items += choice_items(_requests(row, options), str(number), right, str(row.get("category", "")))
+            items += choice_items(_requests(row, options, template), str(number), right, str(row.get("category", "")))
         if not items:
             raise EvaluationError(f"'{path}': no row has options that can be read; get MathQA's own file")
         return Questions(items, dict(notes))
@@ -112,9 +112,9 @@ def _oddities(text: str, options: Sequence[str]) -> Iterator[str]:
         yield LETTER_TWICE
 
 
-def _requests(row: Row, options: Sequence[str]) -> dict[str, Choose]:
+def _requests(row: Row, options: Sequence[str], template: Template) -> dict[str, Choose]:
     # Not mmlu.cloze: the harness leaves the white space around a problem.
     return {
-        "cloze": Choose(render_prompt(row["Problem"]), tuple(f" {option}" for option in options)),
+        "cloze": Choose(template.asked(row["Problem"]), tuple(map(template.answered, options))),
         "letters": lettered("mathematics", row["Problem"], options),
     }

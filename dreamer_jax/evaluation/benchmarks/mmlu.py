@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks.rows import Row, find_file, first_file, rows_of
 from dreamer_jax.evaluation.requests import (
     Choose,
@@ -55,7 +55,7 @@ class Mmlu(Task):
     split: str = "test"
     metrics = choice_metrics(0.25, "letters")
 
-    def questions(self, root: Path) -> Questions:
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
         """A lettered and a cloze item for each row, grouped by subject."""
         items: list[Item] = []
         notes: Counter[str] = Counter()
@@ -67,7 +67,7 @@ class Mmlu(Task):
                 notes.update(choice_oddities(options, right))
                 requests = {
                     "letters": lettered(subject.replace("_", " "), row["question"], options),
-                    "cloze": cloze(row["question"], options),
+                    "cloze": cloze(row["question"], options, template),
                 }
                 items += choice_items(requests, f"{subject}/{number}", right, subject)
         return Questions(items, dict(notes))
@@ -100,9 +100,9 @@ def lettered(subject: str, question: str, options: Sequence[str]) -> Choose:
     return Choose(f"{title}{question.strip()}\n{listed}Answer:", tuple(f" {letter}" for letter in letters))
 
 
-def cloze(question: str, options: Sequence[str]) -> Choose:
+def cloze(question: str, options: Sequence[str], template: Template) -> Choose:
     """How likely is the text of each option, after the question alone?"""
-    return Choose(render_prompt(question.strip()), tuple(f" {option.strip()}" for option in options))
+    return Choose(template.asked(question.strip()), tuple(template.answered(option.strip()) for option in options))
 
 
 def choice_items(requests: dict[str, Choose], id: str, right: Sequence[int], group: str) -> Iterator[Item]:
@@ -128,8 +128,8 @@ def choice_verdicts(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Itera
     """Whether the likeliest option is right. Of options that are equally likely, the first is taken.
 
     A lettered item is judged by log-likelihood ("letters"), a cloze item by log-likelihood ("cloze", the harness's acc)
-    and by that per UTF-8 byte of the option without its leading space ("cloze_per_byte", the harness's acc_bytes; its
-    acc_norm counts characters, which is the same for ASCII).
+    and by that per UTF-8 byte of the option without the white space in front ("cloze_per_byte", the harness's
+    acc_bytes; its acc_norm counts characters, which is the same for ASCII).
 
     Raises:
         EvaluationError: a log-likelihood is not a number.
@@ -142,7 +142,7 @@ def choice_verdicts(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Itera
         if item.id.startswith("letters/"):
             chosen = {"letters": _likeliest(outcome.nats)}
         else:
-            sizes = [len(option.removeprefix(" ").encode()) for option in item.request.options]
+            sizes = [len(option.lstrip().encode()) for option in item.request.options]
             rates = [nats / size for nats, size in zip(outcome.nats, sizes, strict=True)]
             chosen = {"cloze": _likeliest(outcome.nats), "cloze_per_byte": _likeliest(rates)}
         yield Verdict({metric: float(index in item.gold) for metric, index in chosen.items()}, dict(chosen))

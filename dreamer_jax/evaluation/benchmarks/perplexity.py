@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamer_jax.data.sources import render_prompt, render_response
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks.rows import Row, first_file, rows_of
 from dreamer_jax.evaluation.comparison.statistics import Estimate, paired_rate_difference
 from dreamer_jax.evaluation.requests import (
@@ -49,12 +49,12 @@ class PerplexityTask(Task):
     name: str = "ppl"
     metrics = METRICS
 
-    def questions(self, root: Path) -> Questions:
+    def questions(self, root: Path, template: Template = DEFAULT_TEMPLATE) -> Questions:
         """An item for each row with a text, grouped by file. Rows without one are counted."""
         items: list[Item] = []
         notes: Counter[str] = Counter()
         for place, path in _files(self.files, root).items():
-            texts = _texts(path)
+            texts = _texts(path, template)
             notes[NO_TEXT] += texts.count("")
             items += [Item(f"{place}/{i}", Read(text), group=place) for i, text in enumerate(texts) if text]
         return Questions(items, {cause: n for cause, n in notes.items() if n})
@@ -139,23 +139,23 @@ def _files(files: Sequence[Path], root: Path) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in found}
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path, template: Template) -> list[str]:
     """The texts of all rows, "" for a row without one."""
     rows = rows_of(path, ())
-    texts = [_text(row) for row in rows]
+    texts = [_text(row, template) for row in rows]
     if not any(texts):
         fields = ", ".join(map(repr, list(rows[0])[:10])) or "no fields"
         raise EvaluationError(f"'{path}': no row has a text; the first has {fields}, and {{\"text\": ...}} is needed")
     return texts
 
 
-def _text(row: Row) -> str:
+def _text(row: Row, template: Template) -> str:
     """The text of a row; empty if it has none."""
     if isinstance(text := row.get("text"), str):
         return _usable(text)
     instruction, output = row.get("instruction"), row.get("output")
     if isinstance(instruction, str) and isinstance(output, str) and _usable(output):
-        return _usable(render_prompt(instruction.strip()) + render_response(output.strip()))
+        return _usable(template.asked(instruction.strip()) + template.answered(output.strip()))
     return ""
 
 

@@ -1,7 +1,6 @@
 """From a benchmark's file to its rows: JSON lines, a JSON array or CSV, compressed or not, and every fault named."""
 
 import csv
-import gzip
 import io
 import json
 import zlib
@@ -10,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from dreamer_jax.data.files import HEAD, foreign
+from dreamer_jax.data.rows import unpacked
 from dreamer_jax.evaluation.requests import EvaluationError
 
 ORIGINS = {
@@ -20,8 +20,8 @@ ORIGINS = {
     "mmlu_math": "https://github.com/hendrycks/test (data.tar, in data/test)",
 }
 """Where a benchmark's files come from, by the folder that they are looked for in."""
-COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
-"""Endings of compressed files, and how such files begin."""
+COMPRESSED = (".gz", ".zst")
+"""Endings of compressed files. Whether one is compressed is told by its content."""
 Row = dict[str, Any]
 
 
@@ -99,25 +99,11 @@ def _text(path: Path) -> str:
 
 
 def _unpacked(path: Path) -> bytes:
-    """The bytes of a file; of one that is named as compressed and is not, the bytes as they stand."""
     try:
-        data = path.read_bytes()
-        beginning = COMPRESSED.get(path.suffix)
-        if beginning is None or not data.startswith(beginning):
-            return data
-        return gzip.decompress(data) if path.suffix == ".gz" else _unpacked_zstd(path, data)
+        with unpacked(path) as stream:
+            return stream.read()
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
-
-
-def _unpacked_zstd(path: Path, data: bytes) -> bytes:
-    try:
-        import pyarrow  # takes a while, and most files need none of it
-    except ImportError as error:
-        raise EvaluationError(
-            f"'{path}': the module pyarrow is missing, which unpacks zstd; install it, or unpack the file with unzstd"
-        ) from error
-    return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read())
 
 
 def _unreadable(path: Path, error: Exception) -> EvaluationError:

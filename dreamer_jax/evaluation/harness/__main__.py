@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.door import guarded
 from dreamer_jax.evaluation.requests import EvaluationError
 
@@ -60,6 +61,7 @@ def command_line() -> "HarnessCLI":
     parser = harness._subparsers.add_parser("write-tasks", help=about, description=about)
     parser.add_argument("--data", type=Path, required=True, help="folder of the files: gsm8k/test.jsonl, ...")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tasks and copies of their data")
+    parser.add_argument("--checkpoint", type=Path, help="run with prompts of another layout than the usual one")
     parser.set_defaults(func=write)
     return harness
 
@@ -81,13 +83,22 @@ def write(parsed: argparse.Namespace) -> None:
     from dreamer_jax.evaluation.harness.local_tasks import write_tasks
 
     out = parsed.out.expanduser().absolute()
-    written = write_tasks(parsed.data.expanduser(), out)
+    written = write_tasks(parsed.data.expanduser(), out, template_of(parsed.checkpoint))
     for line in written.missing:
         print(f"left out: {line}")
     for name, about in written.tasks.items():
         print(f"{name}: {about}")
     some = next(iter(written.tasks))
     print(f"next: {PROGRAM} run --model_args checkpoint=runs/NAME --include_path {out} --tasks {some}")
+
+
+def template_of(checkpoint: Path | None) -> Template:
+    """The layout of a run's training; without a run, the usual one."""
+    if checkpoint is None:
+        return DEFAULT_TEMPLATE
+    from dreamer_jax.training.checkpoint import load_model  # with JAX, which nothing else here needs
+
+    return Template.of(load_model(checkpoint).config.data)
 
 
 if __name__ == "__main__":

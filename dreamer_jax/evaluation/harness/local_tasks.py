@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dreamer_jax.data.sources import render_prompt
+from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
 from dreamer_jax.evaluation.benchmarks import gsm8k, hendrycks_math, mathqa, mmlu
 from dreamer_jax.evaluation.benchmarks.answers import math_answer
 from dreamer_jax.evaluation.benchmarks.rows import Row, first_file, rows_of
@@ -63,14 +63,16 @@ class Data(NamedTuple):
     """A line: how many rows it has, and of which file."""
 
 
-def write_tasks(root: Path, out: Path) -> Written:
+def write_tasks(root: Path, out: Path, template: Template = DEFAULT_TEMPLATE) -> Written:
     """Write a task for every benchmark whose file is below `root`, and copies of the files.
+
+    The template is the layout of this project's own tasks; the harness's have theirs.
 
     Raises:
         EvaluationError: there is no such file, or one is damaged; the message names it.
     """
     written = Written()
-    for benchmark in benchmarks():
+    for benchmark in benchmarks(template):
         write_benchmark(benchmark, root, out, written)
     if not written.tasks:
         raise EvaluationError(f"'{root}' has no file of a benchmark, such as gsm8k/test.jsonl (docs/lm_eval.md)")
@@ -99,7 +101,7 @@ def write_benchmark(benchmark: Benchmark, root: Path, out: Path, written: Writte
 # What the tasks are
 
 
-def benchmarks() -> Iterator[Benchmark]:
+def benchmarks(template: Template) -> Iterator[Benchmark]:
     """All of them; tasks are named as the harness's, or as this project's own, with `_local` behind it."""
     for task in (gsm8k.Gsm8k(), gsm8k.gsm8k_platinum()):
         yield Benchmark(
@@ -135,7 +137,7 @@ def benchmarks() -> Iterator[Benchmark]:
             {
                 f"minerva_{problems.name}_local": (MINERVA, {"num_fewshot": 4, "fewshot_split": None}),
                 f"hendrycks_{problems.name}_local": ("hendrycks_math/hendrycks_math_algebra.yaml", {}),
-                f"{problems.name}_local": (MINERVA, own_layout(problems)),
+                f"{problems.name}_local": (MINERVA, own_layout(problems, template)),
             },
             examples=("math/train.jsonl",),
         )
@@ -174,13 +176,14 @@ def generating(stops: Iterable[str], max_tokens: int) -> Config:
     }
 
 
-def own_layout(task: hendrycks_math.Math) -> Config:
+def own_layout(task: hendrycks_math.Math, template: Template) -> Config:
     """The prompts of this project's own evaluation, which are those of training, without the harness's examples."""
+    prompt = template.asked("\0").replace("{", "{{'{'}}")  # which begins an expression there
     return {
-        "doc_to_text": render_prompt("{{problem.strip()}}"),
+        "doc_to_text": prompt.replace("\0", "{{problem.strip()}}"),
         "num_fewshot": None,
         "fewshot_split": None,  # the examples are the harness's, as in Minerva's prompts
-        **generating(hendrycks_math.STOPS, task.max_tokens),
+        **generating(template.stops(hendrycks_math.STOPS), task.max_tokens),
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamer_jax.data.template import Template
 from dreamer_jax.evaluation.benchmarks.gsm8k import (
     NO_ANSWER,
     STOPS,
@@ -140,6 +141,12 @@ def test_an_item_is_the_request_of_the_harness(tmp_path: Path) -> None:
     [item] = questions(tmp_path, ROW).items
     assert item.request == Generate("Question: What is twice 9?\nAnswer:", ("Question:", "</s>", "<|im_end|>"), 512)
     assert (item.id, item.gold, item.solution) == ("0", "18", "It is 2*9 = 18.\n#### 18")
+
+
+def test_the_layout_of_the_run_is_asked_in_and_ends_texts_beside_the_harnesss_stops(tmp_path: Path) -> None:
+    questions(tmp_path, ROW)
+    [item] = GSM8K.questions(tmp_path, Template("Q: {text}\nA:")).items
+    assert item.request == Generate("Q: What is twice 9?\nA:", ("Q:", "Question:", "</s>", "<|im_end|>"), 512)
 
 
 def test_thousands_separators_are_no_part_of_the_right_answer(tmp_path: Path) -> None:

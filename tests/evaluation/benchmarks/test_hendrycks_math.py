@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamer_jax.data.template import Template
 from dreamer_jax.evaluation.benchmarks import hendrycks_math
 from dreamer_jax.evaluation.benchmarks.hendrycks_math import NO_ANSWER, STOPS, Math, math500
 from dreamer_jax.evaluation.benchmarks.verification import Comparison
@@ -132,9 +133,16 @@ def test_a_comparison_that_went_wrong_counts_nothing_and_is_told(monkeypatch: py
 
 def test_an_item_of_the_whole_test_set(tmp_path: Path) -> None:
     [item] = questions(tmp_path, ROW).items
-    assert item.request == Generate("Question: What is $2 + 3$?\nAnswer:", STOPS, 1024)
+    stops = ("Question:", "Problem:", "</s>", "<|im_end|>")
+    assert item.request == Generate("Question: What is $2 + 3$?\nAnswer:", stops, 1024)
     assert (item.id, item.gold, item.solution) == ("0", "5", ROW["solution"])
     assert item.group == "counting_and_probability"
+
+
+def test_the_layout_of_the_run_is_asked_in_and_ends_texts(tmp_path: Path) -> None:
+    questions(tmp_path, ROW)
+    [item] = MATH.questions(tmp_path, Template("Q: {text}\nA:")).items
+    assert item.request == Generate("Q: What is $2 + 3$?\nA:", ("Q:", *STOPS), 1024)
 
 
 def test_math500_takes_the_answer_that_its_rows_have(tmp_path: Path) -> None:

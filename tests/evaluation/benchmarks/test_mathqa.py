@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamer_jax.data.template import Template
 from dreamer_jax.evaluation.benchmarks.mathqa import (
     AS_LIST,
     COMMA,
@@ -131,6 +132,13 @@ def test_the_cloze_request_is_the_harnesss_to_the_byte(tmp_path: Path) -> None:
     )
     assert asked.items[0].gold == [2]
     assert asked.items[0].group == "general"
+
+
+def test_the_cloze_request_alone_has_the_layout_of_the_run(tmp_path: Path) -> None:
+    usual = questions(tmp_path, row("a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5"))
+    cloze, letters = MathQa().questions(tmp_path, Template("Q: {text}\nA:", "\n{text}")).items
+    assert cloze.request == Choose("Q: how much is 5 x 6 ?\nA:", ("\n1", "\n2", "\n3", "\n4", "\n5"))
+    assert letters == usual.items[1]
 
 
 def test_the_lettered_request_has_the_layout_of_mmlu_with_five_options(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamer_jax.data.template import Template
 from dreamer_jax.evaluation.benchmarks.mmlu import EQUAL, EQUAL_AND_RIGHT, SUBJECTS, Mmlu
 from dreamer_jax.evaluation.requests import Choose, EvaluationError, Generated, Item, Likelihoods, Outcome, Verdict
 
@@ -51,6 +52,13 @@ def test_the_cloze_request_has_the_layout_of_training_and_the_bare_texts_of_the_
     asked = item(root, "cloze/abstract_algebra/0")
     assert asked.request == Choose("Question: Cost of paint?\nAnswer:", (" $22", " 1,5", " π", " None"))
     assert asked.gold == [2]
+
+
+def test_the_cloze_request_alone_has_the_layout_of_the_run(tmp_path: Path) -> None:
+    root = files(tmp_path)
+    letters, asked = Mmlu().questions(root, Template("Q: {text}\nA:", "\n{text}")).items[:2]
+    assert asked.request == Choose("Q: 1 + 1 = ?\nA:", ("\n1", "\n2", "\n3", "\n4"))
+    assert letters == Mmlu().questions(root).items[0]
 
 
 def test_each_row_is_asked_in_both_forms_under_an_id_of_its_own(tmp_path: Path) -> None:
@@ -120,6 +128,7 @@ def test_of_options_that_are_equally_likely_the_first_is_taken() -> None:
 def test_likelihood_per_byte_leaves_out_the_space_and_counts_bytes_not_characters() -> None:
     # With their spaces "a" and "abc" have 2 and 4 bytes, without 1 and 3.
     assert judged(cloze([" a", " abc"], 1), likelihoods(-1.0, -2.5)).scores == {"cloze": 0.0, "cloze_per_byte": 1.0}
+    assert judged(cloze(["\na", "\nabc"], 1), likelihoods(-1.0, -2.5)).scores["cloze_per_byte"] == 1.0
     # "ππ" has 2 characters and 4 bytes: -2 / 4 is above -0.6, and -2 / 2 below.
     assert judged(cloze([" a", " ππ"], 1), likelihoods(-0.6, -2.0)).scores == {"cloze": 0.0, "cloze_per_byte": 1.0}
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dreamer_jax.data.template import Template
 from dreamer_jax.evaluation.benchmarks.perplexity import NO_TEXT, PerplexityTask, perplexity
 from dreamer_jax.evaluation.requests import EvaluationError, Generated, Item, Read, Reading
 
@@ -32,6 +33,8 @@ def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
 def test_an_instruction_and_its_output_are_read_in_the_layout_of_training(tmp_path: Path) -> None:
     path = texts(tmp_path, "some.jsonl", {"instruction": " 1 + 1?\n", "output": "2 \n"})
     assert PerplexityTask((path,)).questions(tmp_path).items[0].request == Read("Question: 1 + 1?\nAnswer: 2")
+    of_run = PerplexityTask((path,)).questions(tmp_path, Template("Q: {text}", "\nA: {text}."))
+    assert of_run.items[0].request == Read("Q: 1 + 1?\nA: 2.")
 
 
 def test_rows_without_a_text_are_left_out_and_counted_and_the_others_keep_their_ids(tmp_path: Path) -> None:
