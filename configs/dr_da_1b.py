@@ -1,6 +1,6 @@
 """DR+DA at depth 16, 1.17B parameters: recurrence and depth attention, matched to la_1b (Tables 1 to 3).
 
-    DREAMER_DATA=/data python -m dreamer_jax.train --config configs/dr_da_1b.py
+    DREAMER_PREPARED=/prepared python -m dreamer_jax.train --config configs/dr_da_1b.py
 
 Hardware and data: as configs/la_1b.py.
 

@@ -1,6 +1,6 @@
 """DR+DA at depth 32, 2.08B parameters: the paper's best model, matched to la_2b (Tables 1 to 3).
 
-    DREAMER_DATA=/data python -m dreamer_jax.train --config configs/dr_da_2b.py
+    DREAMER_PREPARED=/prepared python -m dreamer_jax.train --config configs/dr_da_2b.py
 
 Hardware and data: as configs/la_2b.py.
 

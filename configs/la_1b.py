@@ -1,6 +1,6 @@
 """LA at depth 16, 1.17B parameters: the paper's baseline, and the recipe that all six paper configs share (Table 3).
 
-    DREAMER_DATA=/data python -m dreamer_jax.train --config configs/la_1b.py
+    DREAMER_PREPARED=/prepared python -m dreamer_jax.train --config configs/la_1b.py
 
 Hardware: devices of 80 GB; each holds the whole model (16 bytes a parameter for weights, Adam moments and gradient:
 18.7 GB). 32 rows are in flight at a time, so up to 32 devices share a batch as it stands: beyond that, lower
@@ -10,12 +10,14 @@ Expected (paper, Tables 1 and 2): 1.1708B parameters, 0.9389 GFLOPs a token, 4.7
 of the paper's data, perplexity 6.74 on Maths-College and, in % of answers,
 GSM8K 43.8, MATH 40.9, MMLU (math) 26.6, MathQA 22.9. Not trained with this repository yet.
 
-Data: a stand-in. The paper mixes the instruction sets of Table 4; until they are prepared, the training parts of
-GSM8K and MATH as JSON lines under $DREAMER_DATA prove the run, with the tokenizer of Llama 3.3 as tokenizer.json:
+Data: all sets of Table 4, without traces, duplicates and the benchmarks' questions, with the tokenizer of Llama 3.3.
+Prepare them once; configs/data/table4.py says what must be where:
 
-    $DREAMER_DATA/tokenizer.json   gsm8k/{train,test}.jsonl   math/{train,math500}.jsonl
+    export DREAMER_RAW=/raw DREAMER_DATA=/data DREAMER_PREPARED=/prepared
+    python -m dreamer_jax.prepare --config configs/data/table4.py --work.fetch True
 
-They hold a few million tokens: 100B of them would only be learned by heart.
+The sources and their shares are those of $DREAMER_PREPARED. Other prepared data will do as well, if their rows have
+4096 tokens and their tokenizer at most 128,256 entries.
 """
 
 import math
@@ -31,7 +33,6 @@ from dreamer_jax.config import (
     OptimizerConfig,
     RouterConfig,
     SequenceAttentionConfig,
-    Source,
     TrainConfig,
 )
 
@@ -55,26 +56,7 @@ def get_config() -> Config:
             ea=ExpertAttentionConfig(experts=32, active_experts=8, expert_width=512),
             router=RouterConfig(size=128),
         ),
-        data=DataConfig(
-            sources=(
-                Source(
-                    name="gsm8k",
-                    train=("gsm8k/train.jsonl",),
-                    validation=("gsm8k/test.jsonl",),
-                    remove=r"<<[^<>]*>>",  # its calculator's marks
-                ),
-                Source(
-                    name="math",
-                    train=("math/train.jsonl",),
-                    validation=("math/math500.jsonl",),
-                    prompt_field="problem",
-                    response_field="solution",
-                ),
-            ),
-            root="$DREAMER_DATA",
-            tokenizer="$DREAMER_DATA/tokenizer.json",
-            context=CONTEXT,
-        ),
+        data=DataConfig(prepared="$DREAMER_PREPARED", context=CONTEXT),
         optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=500, weight_decay=1e-3, gradient_clip=0.5),
         train=TrainConfig(
             steps=math.ceil(TRAINING_TOKENS / BATCH_TOKENS),
@@ -82,8 +64,6 @@ def get_config() -> Config:
             microbatches=8,
             dtype="bfloat16",
             remat="full",
-            # The stand-in's held-out documents do not fill one batch.
-            validation_batches=1,
         ),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(figures_every=1000),

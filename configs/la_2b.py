@@ -1,6 +1,6 @@
 """LA at depth 32, 2.08B parameters: the paper's baseline at twice the depth (Tables 1 to 3).
 
-    DREAMER_DATA=/data python -m dreamer_jax.train --config configs/la_2b.py
+    DREAMER_PREPARED=/prepared python -m dreamer_jax.train --config configs/la_2b.py
 
 Hardware: devices of 80 GB; each holds the whole model (33.3 GB of weights, Adam moments and gradient). Rows in flight
 and data: as configs/la_1b.py. The run is 6.0e20 model FLOPs, by arithmetic 53 hours on eight H100 at 40 % MFU.

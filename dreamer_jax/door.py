@@ -33,7 +33,13 @@ HINTS = {
 }
 BACKENDS = "jax/_src/xla_bridge.py"
 """Where JAX looks for platforms; what it raises there, an AssertionError among others, may have no text."""
-EXTRAS = {"wandb": "wandb", "tokamax": "gpu", "lm_eval": "eval", "math_verify": "eval"}
+EXTRAS = {
+    "wandb": "wandb",
+    "tokamax": "gpu",
+    "lm_eval": "eval",
+    "math_verify": "eval",
+    **dict.fromkeys(("daft", "ftfy", "scipy", "datasets"), "prepare"),
+}
 """Modules that an extra brings."""
 
 

@@ -1,9 +1,9 @@
 #!/bin/bash
 # The road of the paper in order: count the six models, train them (two seeds, then the better one), write weights.
 #
-#     DREAMER_DATA=/data launch/reproduce.sh [arguments of launch/reproduce.py]
+#     DREAMER_PREPARED=/prepared launch/reproduce.sh [arguments of launch/reproduce.py]
 #
-# May be stopped and started again at any moment. Environment: DREAMER_DATA (see configs/la_1b.py), DREAMER_PYTHON
+# May be stopped and started again at any moment. Environment: DREAMER_PREPARED (see configs/la_1b.py), DREAMER_PYTHON
 # (default: python). With --models only those are trained; --dry-run and --help show what would come.
 
 set -euo pipefail
@@ -17,7 +17,7 @@ fi
 case " $* " in
     *" --dry-run "* | *" --help "* | *" -h "*) exec "$python" launch/reproduce.py "$@" ;;
 esac
-: "${DREAMER_DATA:?the folder of tokenizer.json, gsm8k/ and math/ (configs/la_1b.py)}"
+: "${DREAMER_PREPARED:?the folder of the prepared data (configs/la_1b.py)}"
 
 for model in la_1b dr_1b dr_da_1b la_2b dr_2b dr_da_2b; do
     "$python" -m dreamer_jax.plan --config "configs/$model.py"

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dreamer_jax"
-DOORS = ("train", "plan", "generate", "evaluate", "analyze", "convert.__main__")
+DOORS = ("train", "plan", "prepare", "generate", "evaluate", "analyze", "convert.__main__")
 SURFACE = "__init__"
 """The package itself, and what it offers under its own name: dreamer_jax.load."""
 ORDER = (
@@ -43,7 +43,7 @@ import importlib, pkgutil, sys
 import dreamer_jax, dreamer_jax.accounting, dreamer_jax.config, dreamer_jax.kernels.native.huge_pages
 for module in pkgutil.iter_modules(dreamer_jax.accounting.__path__, "dreamer_jax.accounting."):
     importlib.import_module(module.name)
-from dreamer_jax import analyze, evaluate, generate, plan, train
+from dreamer_jax import analyze, evaluate, generate, plan, prepare, train
 try:
     plan.main(["--help"])
 except SystemExit:

@@ -45,6 +45,8 @@ class Limits:
     response: int = 32_768
     cut_at: int | None = None
     """The length at which the source cut its answers, if it did. One of this length that ends in a word was cut."""
+    question: bool = True
+    """Whether a row needs a question. Plain text has none."""
 
 
 class Cleaned(NamedTuple):
@@ -69,6 +71,8 @@ def cleaned(prompt: str, response: str, limits: Limits) -> Cleaned | Dropped:
         return fault
     prompt, asked = repaired(prompt)
     response, answered = repaired(response)
+    if missing := _empty(prompt, response, limits):
+        return Dropped(Rule.EMPTY, missing)
     for rule, found in _RULES:
         if detail := found(prompt, response):
             return Dropped(rule, detail)
@@ -180,8 +184,8 @@ _REPAIRS: tuple[tuple[Repair, Callable[[str], str]], ...] = (
 """In this order: the control characters are parts of characters and commands, which are to be restored first."""
 
 
-def _empty(prompt: str, response: str) -> str:
-    return "the question" if not prompt else "the answer" if not response else ""
+def _empty(prompt: str, response: str, limits: Limits) -> str:
+    return "the question" if limits.question and not prompt else "the answer" if not response else ""
 
 
 def _lost(prompt: str, response: str) -> str:
@@ -334,7 +338,6 @@ def _around(text: str, place: int) -> str:
 
 
 _RULES: tuple[tuple[Rule, Callable[[str, str], str]], ...] = (
-    (Rule.EMPTY, _empty),
     (Rule.MOJIBAKE, _lost),
     (Rule.MISSING, _missing),
     (Rule.NOT_TEXT, _not_text),

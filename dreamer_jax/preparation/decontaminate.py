@@ -33,6 +33,7 @@ LONG_TOKENS = 8
 """A shorter question counts only as sentences of their own, or as a whole prompt."""
 GRAM_LENGTHS = ((40, 8), (LONG_TOKENS, 5), (SENTENCE_TOKENS, 3))
 """Length of n-grams by the least number of tokens that a question has, longest first."""
+HEAD_LENGTH = min(length for _, length in GRAM_LENGTHS)
 GRAM_SHARE = 0.6
 """Share of a question's n-grams that have to be found. A changed word costs n of them."""
 GRAM_SHARE_WITHOUT_NUMBERS = 0.9
@@ -43,13 +44,14 @@ WORD_SHARE = 1 / 3
 """Share of a question's different words, LaTeX apart, that lie in those n-grams. A shared formula is no question."""
 
 _FIGURE = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+_PERCENT = " percent "
 _SUPERSCRIPTS = str.maketrans(dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{digit}" for digit in range(10)), strict=True)))
 _GREEK = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega"
 _CHARACTERS = str.maketrans(
     dict(zip("αβγδεθλμπρστφω", (f" {name} " for name in _GREEK.split()), strict=True))
     | {"−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "’": "'", "‘": "'"}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "√": r"\sqrt ", "∞": r"\infty ", "∠": r"\angle ", "△": r"\triangle "}
-    | {"%": " percent ", "°": " degrees "}
+    | {"%": _PERCENT, "°": " degrees "}
 )
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
@@ -64,9 +66,9 @@ _REWRITES = tuple(
         (r"\\([lgn])eq(?![a-z])", r"\\\1e"),
         (r"\^\s*(?:\{\s*)?\\circ(?![a-z])\s*\}?", " degrees "),
         (r"\\(?:[lc]?dots)(?![a-z])", " "),
-        (r"(?<=\d)\{,\}(?=\d)", ","),
-        (r"(?<![\d,.])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)", lambda found: found[1].replace(",", "")),
-        (r"(?<=[a-z]{2})'(?=[a-z])", ""),
+        (r"\{,\}(?<=\d\{,\})(?=\d)", ","),  # what a pattern begins with is searched for fast
+        (r"([1-9](?<![\d,.][1-9])\d{0,2}(?:,\d{3})+)(?![\d,]*\d)", lambda found: found[1].replace(",", "")),
+        (r"'(?<=[a-z]{2}')(?=[a-z])", ""),
     )
 )
 _TOKEN = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)?|\.\d+|[+=<>^]|[-*/](?=\s*(?:[\d\\({.]|[b-z](?![a-z])))")
@@ -110,6 +112,8 @@ class Index(NamedTuple):
     """Questions by all their tokens."""
     seeds: Mapping[int, Mapping[Tokens, list[int]]]
     """Questions by some of their n-grams, for each n. A row that contains a question has at least one of these."""
+    heads: frozenset[Tokens]
+    """The first tokens of these n-grams, as many as all of them have. Most runs of tokens of a row are none of them."""
 
     @classmethod
     def of(cls, questions: Iterable[Question]) -> "Index":
@@ -120,7 +124,9 @@ class Index(NamedTuple):
         for number, sequence in enumerate(tokens):
             if sequence:
                 wholes[sequence].append(number)
-        return cls(kept, tokens, dict(wholes), _seeds(tokens))
+        seeds = _seeds(tokens)
+        heads = frozenset(gram[:HEAD_LENGTH] for grams in seeds.values() for gram in grams)
+        return cls(kept, tokens, dict(wholes), seeds, heads)
 
     def hits(self, prompt: str, response: str) -> list[Hit]:
         """The questions that a row contains, each once, in the order of the index."""
@@ -140,8 +146,11 @@ def tokens_of(text: str) -> Tokens:
 
 def _plain(text: str) -> str:
     """The text in lower case, with one spelling for what LaTeX and Unicode spell in many ways."""
-    text = unicodedata.normalize("NFKC", _FIGURE.sub(" ", text).translate(_SUPERSCRIPTS))
-    text = text.casefold().translate(_CHARACTERS)
+    text = _FIGURE.sub(" ", text)
+    if text.isascii():  # the same as below, and fast
+        text = text.lower().replace("%", _PERCENT)
+    else:
+        text = unicodedata.normalize("NFKC", text.translate(_SUPERSCRIPTS)).casefold().translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text
@@ -209,9 +218,11 @@ def _found(index: Index, part: Part, text: _Text) -> Iterator[tuple[int, Rule, f
     """The questions that one text contains: number, rule and overlap of each."""
     wholes = index.wholes.get(text.tokens, []) if part == "prompt" else []
     yield from ((number, "whole prompt", 1.0) for number in wholes)
+    heads = _grams(text.tokens, HEAD_LENGTH)
+    starts = list(itertools.compress(itertools.count(), map(index.heads.__contains__, heads)))
     for length, seeds in index.seeds.items():
-        seen = filter(seeds.__contains__, _grams(text.tokens, length))
-        for number in sorted({number for gram in seen for number in seeds[gram]} - set(wholes)):
+        grams = (text.tokens[start : start + length] for start in starts)
+        for number in sorted({number for gram in grams for number in seeds.get(gram, ())} - set(wholes)):
             tokens = index.tokens[number]
             found = [gram in text.grams[length] for gram in _grams(tokens, length)]
             if all(found) and _contains(text, tokens):

@@ -9,19 +9,15 @@ known by its rank, which is also its claim to be kept: the lowest rank of equals
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-
-os.environ.setdefault("DO_NOT_TRACK", "true")  # or daft reports its use to its makers, from its import on
-
 import daft
+import numpy as np
 from daft import DataFrame, Expression, Window, col, lit
 from daft import functions as F
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 RANK_BITS = 40
 """Bits of a rank that number the rows of one priority: a million million of them."""
@@ -44,7 +40,6 @@ _CANONICAL = (
     (rf"([{_SYMBOLS}])", " $1 "),
     (rf"[^\p{{L}}\p{{M}}\p{{N}}.{_SYMBOLS}]+", " "),
 )
-_WORDED = "question != '' or answer != ''"  # rows of which something is left
 
 
 class Rule(NamedTuple):
@@ -84,11 +79,19 @@ def ranked(priority: Expression, row: Expression) -> Expression:
 
 
 def canonical(rows: DataFrame) -> DataFrame:
-    """Rank, question and answer of rows, the texts reduced to what counts.
+    """Rank, question and answer of rows, the texts reduced to what counts, and the hashes by which they are compared.
 
+    Those are `asked`, of the question, and `pair`, of question and answer; null where nothing of them is left.
     Everything below reads these rows several times, so they are best written to disk once.
     """
-    return rows.select("rank", *(canonical_text(col(name)).alias(name) for name in ("question", "answer")))
+    texts = rows.select("rank", *(canonical_text(col(name)).alias(name) for name in ("question", "answer")))
+    asked, length = F.length(col("question")), F.length(col("question")) + F.length(col("answer"))
+    return texts.with_columns(
+        {
+            "asked": F.when(asked > lit(0), F.hash(col("question"))).otherwise(lit(None)),
+            "pair": F.when(length > lit(0), F.hash(col("question"), col("answer"))).otherwise(lit(None)),
+        }
+    )
 
 
 def canonical_text(text: Expression) -> Expression:
@@ -102,27 +105,34 @@ def canonical_text(text: Expression) -> Expression:
     return F.rstrip(F.lstrip(text))
 
 
-def exact_duplicates(rows: DataFrame) -> DataFrame:
+def exact_duplicates(rows: DataFrame, passes: int = 1) -> DataFrame:
     """Canonical rows that have the question and the answer of a lower rank.
 
-    Rows of which nothing is left are equal to none.
+    Args:
+        rows: canonical rows; of their columns, rank and pair are read. Rows of which nothing is left are equal to none.
+        passes: in how many passes the keys are matched, of each of which the keys are held in memory.
     """
-    return _later_of_equals(rows.where(_WORDED).select("rank", F.hash(col("question"), col("answer")).alias("key")))
+    return _in_passes(rows.where("pair is not null").select("rank", col("pair").alias("key")), passes, _later_of_equals)
 
 
-def near_duplicates(rows: DataFrame, keys: DataFrame, rule: Rule, passes: int = 1) -> DataFrame:
+def near_duplicates(
+    rows: DataFrame, keys: DataFrame, rule: Rule, passes: int = 1, pairs_at_once: int = 200_000
+) -> DataFrame:
     """Canonical rows that a chain of near duplicates joins to a lower rank.
 
     Args:
         rows: canonical rows, without exact duplicates.
         keys: their `band_keys`, which are read several times, and best written to disk beside the rows.
         rule: what near duplicates are.
-        passes: in how many passes the keys are matched. Of each pass the keys are held in memory, and of all of them
-            the pairs.
+        passes: in how many passes the keys are matched, of each of which the keys are held in memory, and of all of
+            them the pairs.
+        pairs_at_once: pairs whose texts are held in memory.
     """
-    pairs = verified(candidates(keys, passes), rows, rule).to_pydict()
-    rank, keeper = components(np.array(pairs["rank"], np.int64), np.array(pairs["keeper"], np.int64))
-    return daft.from_pydict({"rank": rank, "keeper": keeper})
+    pairs = candidates(keys, passes).collect()
+    parts = -(-pairs.count_rows() // pairs_at_once)
+    found = [verified(pairs.where(f"rank % {parts} = {part}"), rows, rule).to_pydict() for part in range(parts)]
+    rank, keeper = (np.array([r for part in found for r in part[name]], np.int64) for name in ("rank", "keeper"))
+    return daft.from_pydict(dict(zip(("rank", "keeper"), components(rank, keeper), strict=True)))
 
 
 def band_keys(rows: DataFrame, rule: Rule) -> DataFrame:
@@ -131,8 +141,8 @@ def band_keys(rows: DataFrame, rule: Rule) -> DataFrame:
     What must agree exactly is part of a key. So the many rows of one template with other numbers never meet.
     """
     hashes = F.minhash(_text(), num_hashes=rule.bands * rule.rows, ngram_size=rule.shingle)
-    bands = rows.where(_WORDED).select("rank", F.chunk(hashes, rule.rows).alias("band"), *_exact()).explode("band")
-    return bands.select("rank", F.hash(col("band"), col("figures"), col("numbers")).alias("key"))
+    bands = rows.where("pair is not null").select("rank", F.chunk(hashes, rule.rows).alias("band"), *_exact())
+    return bands.explode("band").select("rank", F.hash(col("band"), col("figures"), col("numbers")).alias("key"))
 
 
 def _text() -> Expression:
@@ -157,9 +167,13 @@ def candidates(keys: DataFrame, passes: int = 1) -> DataFrame:
 
     Their number grows with that of the rows only, however many rows share a key.
     """
-    parts = (keys.where(f"key % {passes} = {part}") for part in range(passes))
-    pairs = [_later_of_equals(part).distinct().collect() for part in parts]
-    return functools.reduce(DataFrame.concat, pairs).distinct()
+    return _in_passes(keys, passes, lambda part: _later_of_equals(part).distinct()).distinct()
+
+
+def _in_passes(keys: DataFrame, passes: int, find: Callable[[DataFrame], DataFrame]) -> DataFrame:
+    """What is found among the keys, looked for in a part of the keys after the other."""
+    found = [find(keys.where(f"key % {passes} = {part}")).collect() for part in range(passes)]
+    return functools.reduce(DataFrame.concat, found)
 
 
 def _later_of_equals(keys: DataFrame) -> DataFrame:
@@ -215,20 +229,28 @@ def components(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndar
     return ranks[dropped], keepers[dropped]
 
 
-def beyond_cap(rows: DataFrame, cap: int) -> DataFrame:
+def beyond_cap(rows: DataFrame, cap: int, passes: int = 1) -> DataFrame:
     """Canonical rows whose question has `cap` answers of lower rank.
 
-    Rows without a question, such as plain text, have no cap.
+    Args:
+        rows: canonical rows; of their columns, rank and asked are read. Rows without a question, such as plain text,
+            have no cap.
+        cap: answers of a question that are kept.
+        passes: as for `exact_duplicates`.
     """
-    keys = rows.where("question != ''").select("rank", F.hash(col("question")).alias("key"))
-    same = Window().partition_by("key")
-    placed = keys.with_columns(
-        {
-            "place": F.row_number().over(same.order_by("rank")),
-            "keeper": F.min(col("rank")).over(same),
-        }
-    )
-    return placed.where(f"place > {cap}").select("rank", "keeper")
+
+    def later(keys: DataFrame) -> DataFrame:
+        many = keys.groupby("key").agg(F.count(col("rank")).alias("answers")).where(f"answers > {cap}").select("key")
+        same = Window().partition_by("key")  # which takes some kilobytes for each key, and most have few answers
+        placed = keys.join(many, on="key", how="semi").with_columns(
+            {
+                "place": F.row_number().over(same.order_by("rank")),
+                "keeper": F.min(col("rank")).over(same),
+            }
+        )
+        return placed.where(f"place > {cap}").select("rank", "keeper")
+
+    return _in_passes(rows.where("asked is not null").select("rank", col("asked").alias("key")), passes, later)
 
 
 def without(rows: DataFrame, dropped: DataFrame) -> DataFrame:
