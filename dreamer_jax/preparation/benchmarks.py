@@ -5,18 +5,19 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from dreamer_jax.data.files import DataError, expanded, reading
 from dreamer_jax.data.layout import UnusableRow, text_of, values_at
+from dreamer_jax.data.prepared import sha256
 from dreamer_jax.data.rows import Fault, Row, rows_of, unpacked
 from dreamer_jax.preparation.clean import repaired
 from dreamer_jax.preparation.decontaminate import LONG_TOKENS, Question, tokens_of
 from dreamer_jax.preparation.raw import matching
 from dreamer_jax.preparation.recipe import Benchmark, DecontaminateConfig
-from dreamer_jax.preparation.stage import read, rows, write
+from dreamer_jax.preparation.stage import Done, Shard, Task, file_path, read, rows, write
+from dreamer_jax.preparation.work import Work, done_here, stage_key
 
 QUESTIONS = pa.schema([(name, pa.string()) for name in Question._fields])
 """Columns of questions on disk."""
@@ -47,7 +48,7 @@ def files_of(benchmark: Benchmark, config: DecontaminateConfig) -> list[Path]:
 
 def write_questions(
     draft: Path, benchmarks: Sequence[tuple[Benchmark, Sequence[Path]]], held_out: Sequence[tuple[str, Sequence[Path]]]
-) -> tuple[Counter[str], dict[str, Any]]:
+) -> Done:
     """Write the questions of benchmarks, and those of held-out parts that are benchmarks.
 
     Args:
@@ -115,3 +116,20 @@ def _rows(path: Path, benchmark: Benchmark) -> Iterator[tuple[str, Row | Fault]]
                 yield f"{path}, row {number}", dict(zip(names, cells, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{what}: '{path}' is not CSV in UTF-8 ({error}); get the benchmark's own file") from None
+
+
+# The stage
+
+
+def questions(work: Work, held_out: Sequence[Shard]) -> tuple[Path, str]:
+    """The file of the questions that no training row may contain, and its digest."""
+    config = work.recipe.decontaminate
+    named = [(benchmark, files_of(benchmark, config)) for benchmark in config.benchmarks]
+    guarded = sorted(source.name for source in work.sources.values() if source.benchmark)
+    kept = [(name, [shard for shard in held_out if shard.source == name]) for name in guarded]
+    files = [(benchmark, [sha256(path) for path in paths]) for benchmark, paths in named]
+    key = stage_key("questions", files, [(name, [shard.sha256 for shard in shards]) for name, shards in kept])
+    arguments = (named, [(name, [shard.path for shard in shards]) for name, shards in kept])
+    record = done_here(work, Task("questions", "all", key, write_questions, arguments))
+    [file] = record.files.values()
+    return file_path(work.folder, "questions", "all"), file["sha256"]

@@ -6,12 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamer_jax.data.prepared import ShardReport, link, repack, write_shard
+from dreamer_jax.data.builder import EXAMPLES
+from dreamer_jax.data.files import expanded
+from dreamer_jax.data.prepared import Shard as PackedShard
+from dreamer_jax.data.prepared import ShardReport, assemble, link, repack, sha256, write_shard
+from dreamer_jax.data.sources import Split
 from dreamer_jax.data.template import Template
-from dreamer_jax.data.tokenizer import Tokenizer, UnknownCharacter, load_tokenizer, train_sentencepiece
+from dreamer_jax.data.tokenizer import (
+    Tokenizer,
+    UnknownCharacter,
+    check_tokenizer_file,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from dreamer_jax.files import write_whole
 from dreamer_jax.preparation.chance import Draw, drawn, threshold
-from dreamer_jax.preparation.stage import Row, Samples, rows
+from dreamer_jax.preparation.stage import Done, Row, Samples, Shard, Task, key_of, rows
+from dreamer_jax.preparation.work import Work, all_done, done_here, source_name, stage_key
 
 STEM = "shard"
 """Beginning of the names of a shard's files, after that of its task."""
@@ -20,10 +31,9 @@ LINKED = (".array_record", ".lengths.npy", ".unigrams.npy")
 UNKNOWN_CHARACTER = "dropped: a character that the tokenizer does not know"
 UNPACKED = 1
 """The context of documents that are not packed yet: none of them fits in a row."""
-Done = tuple[Counter[str], dict[str, Any]]
 
 
-def make_tokenizer(
+def write_tokenizer(
     draft: Path,
     given: Path | None,
     special_tokens: Sequence[str],
@@ -134,3 +144,97 @@ def examples(shards: Sequence[Path], count: int) -> list[dict[str, str]]:
             if row.prompt:
                 found.append({"prompt": row.prompt, "response": row.response})
     return found
+
+
+# The stages
+
+
+def make_tokenizer(work: Work, training: Sequence[Shard]) -> Path:
+    """The tokenizer's file."""
+    tokens = work.recipe.tokens
+    template = Template(tokens.prompt_template, tokens.response_template)
+    if tokens.tokenizer == "train":
+        given, part = None, _sample(work, training)
+        sample = {name: (part[name], [s.path for s in training if s.source == name]) for name in part}
+        key = stage_key("tokenizer", tokens.vocab, part, template, [shard.sha256 for shard in training])
+    else:
+        given, sample = expanded(tokens.tokenizer, "tokens.tokenizer"), {}
+        check_tokenizer_file(given)
+        key = stage_key("tokenizer", sha256(given), tokens.special_tokens)
+    arguments = (given, tokens.special_tokens, tokens.vocab, sample, template)
+    record = done_here(work, Task("tokenizer", "all", key, write_tokenizer, arguments))
+    [name] = record.files
+    return work.folder / "tokenizer" / name
+
+
+def _sample(work: Work, training: Sequence[Shard]) -> dict[str, float]:
+    """The part of each source's rows that a tokenizer is trained on: each gives its share of the mixture."""
+    rows = {source.name: 0 for source in work.sources.values()}
+    for shard in training:
+        rows[shard.source] += work.records["decontaminate"][shard.name].counts["out"]
+    shares = {source.name: rows[source.name] * source.repeats for source in work.sources.values()}
+    wanted = {name: work.recipe.tokens.sample * share / max(1, sum(shares.values())) for name, share in shares.items()}
+    return {name: min(1.0, wanted[name] / max(1, rows[name])) for name in rows}
+
+
+def packed(work: Work, split: Split, shards: Sequence[Shard], tokenizer: Path) -> list[tuple[str, PackedShard]]:
+    """Token ids of a split's shards, packed in rows; with the source of each."""
+    tokens = work.recipe.tokens
+    template = Template(tokens.prompt_template, tokens.response_template)
+    digest, special = sha256(tokenizer), tokens.special_tokens
+    tasks = []
+    for shard in shards:
+        key = stage_key("documents", shard.sha256, digest, special, template)
+        arguments = (shard.path, tokenizer, digest, special, template)
+        tasks.append(Task("documents", _of_split(shard.name, split), key, tokenize_shard, arguments))
+    written = all_done(work, tasks)
+    tasks = []
+    for name, record in written.items():
+        key = stage_key("packing", tokens.context, record.files)
+        of_it = (work.folder / "documents" / f"{name}.{STEM}", record.facts["report"])
+        tasks.append(Task("packing", name, key, pack_shard, (*of_it, tokens.context)))
+    found = []
+    for name, record in all_done(work, tasks).items():
+        path = work.folder / "packing" / f"{name}.{STEM}"
+        report = ShardReport(**record.facts["report"])._replace(stem=path.name)
+        found.append((source_name(name), PackedShard(path.parent, report)))
+    return found
+
+
+def _of_split(name: str, split: Split) -> str:
+    source, _, number = name.partition("/")
+    return f"{source}/{split}-{number}"
+
+
+def assembled(
+    work: Work,
+    out: Path,
+    packed: Mapping[Split, Sequence[tuple[str, PackedShard]]],
+    held_out: Sequence[Shard],
+    tokenizer: Path,
+) -> dict[str, Any]:
+    """Make prepared data of the packed shards: the report."""
+    names = [source.name for source in work.sources.values()]
+    sources: dict[str, dict[Split, list[PackedShard]]] = {
+        name: {split: [shard for source, shard in shards if source == name] for split, shards in packed.items()}
+        for name in names
+    }
+    rows = {name: sum(shard.report.rows for shard in sources[name]["train"]) for name in names}
+    details = {
+        name: {"examples": examples([shard.path for shard in held_out if shard.source == name], EXAMPLES)}
+        for name in names
+    }
+    trained_on = [name for name in names if rows[name]] or names  # of none, `assemble` says what is wrong
+    tokens = work.recipe.tokens
+    return assemble(
+        out,
+        {name: sources[name] for name in trained_on},
+        load_tokenizer(tokenizer, tokens.special_tokens),
+        key=key_of(
+            [shard.report.files for name in trained_on for shards in sources[name].values() for shard in shards]
+        ),
+        weights={source.name: float(rows[source.name] * source.repeats) for source in work.sources.values()},
+        special_tokens=tokens.special_tokens,
+        template=Template(tokens.prompt_template, tokens.response_template),
+        details=details,
+    )

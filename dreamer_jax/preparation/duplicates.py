@@ -11,6 +11,7 @@ What is compared is narrow, a rank and a key for each row, so it passes through 
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,17 @@ from daft import DataFrame, col
 
 from dreamer_jax.preparation import dedup
 from dreamer_jax.preparation.chance import Draw, drawn, threshold
-from dreamer_jax.preparation.stage import Row, Samples, rows, write
+from dreamer_jax.preparation.stage import Done, Record, Row, Samples, Shard, Task, file_path, rows, write
+from dreamer_jax.preparation.work import (
+    Work,
+    all_done,
+    done_here,
+    shard_task,
+    shards_of,
+    source_name,
+    source_of,
+    stage_key,
+)
 
 Kind = Literal["exact", "near", "answers"]
 CAUSES: dict[Kind, str] = {
@@ -37,7 +48,6 @@ HELD_OUT = pa.schema([("key", pa.uint64())])
 """Keys of questions, in ascending order."""
 CAP_BITS = 16
 """Of the draws of a source with a cap, by which they are counted: the cap is met to one row in so many of them."""
-Done = tuple[Counter[str], dict[str, Any]]
 
 
 # keys
@@ -207,3 +217,56 @@ def split_shard(
 
 def _of_fate(shard: Path, fates: np.ndarray, fate: str) -> Iterator[Row]:
     return (row for row, its in zip(rows(shard), fates, strict=True) if its == fate)
+
+
+# The stages
+
+
+def unique(work: Work, shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
+    """Rows that no other row says as well: those for training, and those that are held out."""
+    rule = dedup.Rule(threshold=work.recipe.duplicates.threshold)
+    tasks = [shard_task("keys", shard, key_shard, rule) for shard in shards]
+    keyed = all_done(work, tasks)
+    canonical = {name: file_path(work.folder, "keys", name, "canonical.parquet") for name in keyed}
+    dropped, found = _duplicates(work, keyed, canonical)
+    chosen, kept, choice = _choice(work, canonical, dropped, found)
+    tasks = []
+    for shard in shards:
+        source = source_of(work, shard)
+        arguments = (canonical[shard.name], dropped, chosen, source.held_out, kept.get(source.name))
+        key = stage_key("unique", shard.sha256, choice, source.held_out)
+        tasks.append(Task("unique", shard.name, key, split_shard, (shard.path, *arguments)))
+    records = all_done(work, tasks)
+    return shards_of(work, "unique", records, "train.parquet"), shards_of(work, "unique", records, "validation.parquet")
+
+
+def _duplicates(work: Work, keyed: Mapping[str, Record], canonical: Mapping[str, Path]) -> tuple[dict[Kind, Path], str]:
+    """The files of rows that are dropped, by cause, and a key of all that shaped them."""
+    settings = asdict(work.recipe.duplicates)
+    bands = [file_path(work.folder, "keys", name, "bands.parquet") for name in keyed]
+    kinds: list[Kind] = ["exact", *(["near"] if settings["near"] else []), "answers"]  # type: ignore[list-item]
+    key = stage_key("duplicates", [record.files for record in keyed.values()])
+    dropped: dict[Kind, Path] = {}
+    for kind in kinds:
+        values = {"near": settings["threshold"], "answers": settings["answers"], "exact": None}[kind]
+        key = stage_key("duplicates", kind, values, key)
+        arguments = (kind, list(canonical.values()), bands, list(dropped.values()), settings)
+        done_here(work, Task("duplicates", kind, key, find, arguments))
+        dropped[kind] = file_path(work.folder, "duplicates", kind)
+    return dropped, key
+
+
+def _choice(
+    work: Work, canonical: Mapping[str, Path], dropped: Mapping[Kind, Path], found: str
+) -> tuple[Path, dict[str, int], str]:
+    """The file of questions that are held out, what caps leave of sources, and a key of all that shaped them."""
+    claims = {
+        source.name: Claims(
+            [path for name, path in canonical.items() if source_name(name) == source.name], source.held_out, source.cap
+        )
+        for source in work.sources.values()
+    }
+    values = {source.name: (source.held_out, source.cap) for source in work.sources.values()}
+    key = stage_key("choose", values, found)
+    record = done_here(work, Task("choose", "all", key, choose, (claims, list(dropped.values()))))
+    return file_path(work.folder, "choose", "all"), record.facts["kept"], key

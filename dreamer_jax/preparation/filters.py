@@ -2,13 +2,13 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from dreamer_jax.preparation.benchmarks import questions_in
+from dreamer_jax.preparation import benchmarks
 from dreamer_jax.preparation.clean import Cleaned, Dropped, Limits, cleaned
 from dreamer_jax.preparation.decontaminate import Hit, Index
 from dreamer_jax.preparation.reasoning import (
@@ -20,7 +20,8 @@ from dreamer_jax.preparation.reasoning import (
     is_unproved,
     stripped,
 )
-from dreamer_jax.preparation.stage import Row, Samples, rows, write
+from dreamer_jax.preparation.stage import Done, Row, Samples, Shard, Task, rows, write
+from dreamer_jax.preparation.work import Work, all_done, shard_task, shards_of, stage_key
 
 MARKS: dict[str, Marks] = {"think": THINK, "deepmath": DEEPMATH, "open_thoughts": OPEN_THOUGHTS}
 """By `RawSource.traces`."""
@@ -35,7 +36,6 @@ HITS = pa.schema(
 AROUND = 40
 """Characters before a change that are shown of it."""
 Judge = Callable[[Row, Counter[str], Samples], Row | None]
-Done = tuple[Counter[str], dict[str, Any]]
 
 
 def strip_shard(draft: Path, shard: Path, traces: str) -> Done:
@@ -119,7 +119,7 @@ def decontaminate_shard(draft: Path, shard: Path, questions: Path, digest: str) 
 @functools.lru_cache(maxsize=1)
 def _index(questions: Path, digest: str) -> Index:
     """The index of a file of questions, made once in a worker."""
-    return Index.of(questions_in(questions))
+    return Index.of(benchmarks.questions_in(questions))
 
 
 def _as_hit(row: Row, hit: Hit) -> tuple[Any, ...]:
@@ -151,3 +151,35 @@ def _judged(draft: Path, shard: Path, judge: Judge) -> Done:
     counts["out"] = write(draft / "parquet", kept())
     samples.write(draft)
     return counts, {}
+
+
+# The stages
+
+
+def strip(work: Work, shards: Sequence[Shard]) -> list[Shard]:
+    """No reasoning traces."""
+    traces = {source.name: source.traces for source in work.sources.values()}
+    tasks = [shard_task("strip", shard, strip_shard, traces[shard.source]) for shard in shards]
+    return shards_of(work, "strip", all_done(work, tasks))
+
+
+def clean(work: Work, shards: Sequence[Shard]) -> list[Shard]:
+    """Repaired texts of usable rows."""
+    longest = work.recipe.clean
+    limits = {
+        source.name: Limits(longest.prompt, longest.response, source.cut_at or None, question=not source.text)
+        for source in work.sources.values()
+    }
+    tasks = [shard_task("clean", shard, clean_shard, limits[shard.source]) for shard in shards]
+    return shards_of(work, "clean", all_done(work, tasks))
+
+
+def decontaminate(work: Work, training: Sequence[Shard], held_out: Sequence[Shard]) -> list[Shard]:
+    """Rows without questions of benchmarks."""
+    questions, digest = benchmarks.questions(work, held_out)
+    tasks = []
+    for shard in training:
+        key = stage_key("decontaminate", shard.sha256, digest)
+        arguments = (shard.path, questions, digest)
+        tasks.append(Task("decontaminate", shard.name, key, decontaminate_shard, arguments))
+    return shards_of(work, "decontaminate", all_done(work, tasks))

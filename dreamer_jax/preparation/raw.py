@@ -7,7 +7,8 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from dreamer_jax.data.rows import Row as RawRow
 from dreamer_jax.preparation.chance import Draw, drawn, threshold
 from dreamer_jax.preparation.dedup import RANK_BITS
 from dreamer_jax.preparation.recipe import Keep, RawSource
-from dreamer_jax.preparation.stage import Row, Samples, write
+from dreamer_jax.preparation.stage import Done, Row, Samples, Shard, Task, write
+from dreamer_jax.preparation.work import Work, all_done, shards_of, stage_key
 
 KINDS = re.compile(r"\.(parquet|jsonl?|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
 """Names of the files that hold rows."""
@@ -123,9 +125,7 @@ def _size(path: Path) -> int:
 # Reading them
 
 
-def read_group(
-    draft: Path, source: RawSource, priority: int, group: Group, shard_rows: int
-) -> tuple[Counter[str], dict[str, Any]]:
+def read_group(draft: Path, source: RawSource, priority: int, group: Group, shard_rows: int) -> Done:
     """Write the rows of a group of files as shards `0000.parquet`, ...; the facts are the digests of the files.
 
     Args:
@@ -249,3 +249,20 @@ def _as_json(value: Any) -> str:
 
 def _without(text: str, pattern: str) -> str:
     return re.sub(pattern, "", text) if pattern else text
+
+
+# The stage
+
+
+def read(work: Work, groups: Mapping[str, Sequence[Group]]) -> list[Shard]:
+    """Questions and answers of all sources."""
+    layout_keys = ("name", "prompt", "response", "joined", "turns", "text", "keep", "remove", "without", "share")
+    tasks = []
+    for place, source in work.sources.items():
+        values = {key: value for key, value in asdict(source).items() if key in layout_keys}
+        for group in groups[source.name]:
+            files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in group.paths]
+            key = stage_key("read", values, place, group.number, files, work.recipe.work.shard_rows)
+            arguments = (source, place, group, work.recipe.work.shard_rows)
+            tasks.append(Task("read", f"{source.name}/{group.number:05d}", key, read_group, arguments))
+    return shards_of(work, "read", all_done(work, tasks))

@@ -44,6 +44,10 @@ SAMPLE_LENGTH = 600
 """Characters of each of their texts."""
 
 
+Done = tuple[Counter[str], dict[str, Any]]
+"""What a task returns: counts of rows by cause, and facts."""
+
+
 class Row(NamedTuple):
     """A question and its answer."""
 
@@ -81,7 +85,7 @@ class Task(NamedTuple):
     name: str
     """Unique in its stage; may have slashes."""
     key: str
-    run: Callable[..., tuple[Counter[str], dict[str, Any]]]
+    run: Callable[..., Done]
     """A function of a module: `run(draft, *arguments)` makes files in an empty folder, named by their endings, and
     returns counts and facts."""
     arguments: tuple[Any, ...]

@@ -19,9 +19,9 @@ from dreamer_jax.preparation.documents import (
     UNKNOWN_CHARACTER,
     Done,
     examples,
-    make_tokenizer,
     pack_shard,
     tokenize_shard,
+    write_tokenizer,
 )
 from tests.preparation.conftest import draft, write_rows
 
@@ -126,7 +126,7 @@ def test_no_documents_are_packed_too(tmp_path: Path, tokenizer: Path):
 
 
 def test_a_given_tokenizer_is_taken_as_it_is(tmp_path: Path, tokenizer: Path):
-    counts, _ = make_tokenizer(folder := draft(tmp_path), tokenizer, (), 5, {}, TEMPLATE)
+    counts, _ = write_tokenizer(folder := draft(tmp_path), tokenizer, (), 5, {}, TEMPLATE)
     assert [path.name for path in folder.iterdir()] == ["tokenizer.json"]
     assert (folder / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
     assert counts == {}
@@ -135,7 +135,7 @@ def test_a_given_tokenizer_is_taken_as_it_is(tmp_path: Path, tokenizer: Path):
 def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json"):
-        make_tokenizer(draft(tmp_path), tmp_path / "tokenizer.json", (), 5, {}, TEMPLATE)
+        write_tokenizer(draft(tmp_path), tmp_path / "tokenizer.json", (), 5, {}, TEMPLATE)
 
 
 def test_a_trained_tokenizer_has_seen_its_part_of_each_source_in_the_template(tmp_path: Path):
@@ -144,7 +144,7 @@ def test_a_trained_tokenizer_has_seen_its_part_of_each_source_in_the_template(tm
     pairs = [(" ".join(rng.choice(words, 8)), " ".join(rng.choice(words, 8))) for _ in range(300)]
     shards = {name: [write_rows(tmp_path / name, pairs, first=n << 40)] for n, name in enumerate(("all", "some", "no"))}
     sample = {"all": (1.0, shards["all"]), "some": (0.2, shards["some"]), "no": (0.0, shards["no"])}
-    counts, _ = make_tokenizer(folder := draft(tmp_path), None, (), 400, sample, Template("¿{text}?", "{text}"))
+    counts, _ = write_tokenizer(folder := draft(tmp_path), None, (), 400, sample, Template("¿{text}?", "{text}"))
     assert counts["rows of all"] == 300
     assert 30 < counts["rows of some"] < 90
     assert counts["rows of no"] == 0
@@ -152,7 +152,7 @@ def test_a_trained_tokenizer_has_seen_its_part_of_each_source_in_the_template(tm
     assert library.vocab_size == 400
     assert len(library.encode("¿")) <= 2  # a character of its own, and not two bytes behind a space
     again = draft(tmp_path)
-    make_tokenizer(again, None, (), 400, sample, Template("¿{text}?", "{text}"))
+    write_tokenizer(again, None, (), 400, sample, Template("¿{text}?", "{text}"))
     assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 

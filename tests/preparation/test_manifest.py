@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dreamer_jax.preparation.manifest import loaded, table
-from dreamer_jax.preparation.pipeline import VERSIONS
+from dreamer_jax.preparation.work import VERSIONS
 from tests.preparation.conftest import CONTEXT, Run, rows_of
 
 pytestmark = pytest.mark.xdist_group("preparation")

@@ -19,9 +19,10 @@ from dreamer_jax.data.files import DataError
 from dreamer_jax.data.loader import batches
 from dreamer_jax.preparation import documents, stage
 from dreamer_jax.preparation.manifest import loaded
-from dreamer_jax.preparation.pipeline import VERSIONS, groups_of_sources, prepare
+from dreamer_jax.preparation.pipeline import groups_of_sources, prepare
 from dreamer_jax.preparation.recipe import Keep, included
 from dreamer_jax.preparation.stage import Record, Task, perform
+from dreamer_jax.preparation.work import VERSIONS
 from tests.preparation.conftest import CONTEXT, Run, changed, rows_of, tokenize_and_die
 
 pytestmark = pytest.mark.xdist_group("preparation")
