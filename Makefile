@@ -1,5 +1,5 @@
 # All checks of the project: make check
-.PHONY: check format test
+.PHONY: check exhaustive format test
 check:
 	ruff check .
 	ruff format --check .
@@ -10,3 +10,6 @@ format:
 	ruff format .
 test:
 	python -m pytest -n 2 --dist loadgroup
+# Before a release, and after a change of kernels or of numerics: CONTRIBUTING.md.
+exhaustive:
+	python -m pytest -n 2 --dist loadgroup -m ""

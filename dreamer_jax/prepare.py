@@ -22,11 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
         return guarded(lambda: run(given), doing="out")
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError("must be a whole number from 1 on")
+    return int(text)
+
+
 def run(arguments: list[str]) -> int:
     """Prepare what a command line says."""
     parser = argparse.ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    parser.add_argument("--inspect", type=int, metavar="N")
+    parser.add_argument("--inspect", type=_positive, metavar="N")
     known, overrides = parser.parse_known_args(arguments)
     if known.config is None:
         print(f"usage: {USAGE}")

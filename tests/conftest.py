@@ -30,9 +30,18 @@ from jaxtyping import install_import_hook
 install_import_hook("dreamer_jax", "beartype.beartype")
 
 import jax  # noqa: E402  (the environment and the import hook come first)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One worker runs a whole file, where its tests are in no other group: what they share is computed once."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_finish():

@@ -19,7 +19,7 @@ change which expert a token selects, and training moves apart from there: with n
 What one may want to notice is larger: RMSNorm's epsilon of 1e-5 in place of 1e-6 makes 3e-5 (LA: 1e-4) of the second
 step's loss, a learning rate 1 % higher 7e-5 of the second and 5e-3 of the last, bfloat16 2e-5 (LA: 1e-4) of the first.
 """
-RUNS = [("LA", "plain", 8), ("DR+DA", "plain", 8)]
+RUNS = [pytest.param("LA", "plain", 8, marks=pytest.mark.exhaustive), ("DR+DA", "plain", 8)]
 RUNS += [pytest.param(variant, "native", golden.STEPS, marks=needs_compiler) for variant in VARIANTS]
 """Plain kernels take four times as long, and have no branch of their own for the two variants between."""
 

@@ -464,6 +464,7 @@ def test_gradients_are_the_slopes_of_the_loss_with_stopped_scores_held_still(nam
 
 @every_variation
 def test_gradients_of_each_variation_are_the_slopes_of_the_loss(name, mixture, depth, changes, rewind):
+    depth = min(depth, 3)  # a window of two at a dilation of two reaches back from the third depth
     check_slopes(variant(name, mixture, depth=depth, **changes), rewind, step=1e-6)
 
 

@@ -59,7 +59,7 @@ def test_a_sample_is_prepared_shown_and_not_prepared_twice(
     assert printed[0].split() == ["sums", "MIT"]
     assert printed[1].split(maxsplit=2) == ["web", "unclear", "no commercial use  left out"]
     [line] = [line for line in printed if line.startswith("sums ") and "102" in line]
-    assert line.split()[2:7] == ["102", "0", "-1", "-1", "0"]
+    assert line.split()[2:8] == ["102", "102", "0", "-1", "-1", "0"]
     assert printed[-1].startswith("next: python -m dreamer_jax.train --config FILE --data.prepared ")
     assert printed[-1].endswith(f"{tmp_path / 'out'} --data.context 64")
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
@@ -112,7 +112,7 @@ def test_without_a_config_there_is_the_usage(arguments: list[str], code: int, ca
     [
         (["--help"], 0, "--sources.0.held-out"),
         (["--tokens.vocabb", "3"], 2, "--tokens.vocab"),
-        (["--inspect", "many"], 2, "invalid int value: 'many'"),
+        (["--inspect", "many"], 2, "must be a whole number from 1 on"),
     ],
 )
 def test_keys_are_listed_and_unknown_ones_end_it(

@@ -20,7 +20,7 @@ from dreamer_jax import train
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import Checkpoints
-from dreamer_jax.training.step import init_state
+from dreamer_jax.training.step import abstract_state
 from tests.training.worker import once
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def wait_for(process, path):
 
 def final_arrays(path, name):
     config = configuration.load(path, ["--name", name])
-    _, like = init_state(config, make_mesh(config.mesh, jax.devices()[:1]))
+    _, like = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
     with Checkpoints(config.run_dir) as checkpoints:
         assert checkpoints.latest == LAST
         return jax.device_get(checkpoints.restore(like, LAST))

@@ -266,7 +266,8 @@ def _assemble_source(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Link the shards of a source and describe them; its part of the report, and its files with what is known."""
     records = folder / dataset.VERSION
-    records.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what is left there of other shards would be taken for some of these
+    records.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
     for split, shards in splits.items():
         for number, (origin, report) in enumerate(shards):

@@ -28,28 +28,37 @@ def files_of(benchmark: Benchmark, config: DecontaminateConfig) -> list[Path]:
     """The files of a benchmark, sorted.
 
     Raises:
-        DataError: there are none.
+        DataError: some are missing, or, with `partial`, all of them.
     """
     remedy = (
         f"give the folder of the benchmarks' files as --decontaminate.root, or take '{benchmark.name}' out of the "
         f"recipe's decontaminate.benchmarks"
     )
     if not config.root:
-        raise DataError(
-            f"decontaminate.root is empty, and training rows are to be without questions of benchmarks: {remedy}"
-        )
+        raise DataError(f"decontaminate.root is empty, and training rows are to be without benchmarks: {remedy}")
     root = expanded(config.root, "decontaminate.root")
     with reading(root, "decontaminate.root"):
-        found = matching(root, benchmark.files, f"benchmark '{benchmark.name}'")
-    if not found:
-        raise DataError(f"benchmark '{benchmark.name}': '{root}' has no {' or '.join(benchmark.files)}; {remedy}")
+        found = matching(root, (*benchmark.files, *benchmark.also), f"benchmark '{benchmark.name}'")
+    missing = missing_of(benchmark, config)
+    if missing and not (found and config.partial):
+        rest = f", go on with {', '.join(path.name for path in found)} by --decontaminate.partial True" if found else ""
+        raise DataError(f"benchmark '{benchmark.name}': '{root}' has no {' and no '.join(missing)}{rest}; {remedy}")
     return found
+
+
+def missing_of(benchmark: Benchmark, config: DecontaminateConfig) -> list[str]:
+    """The patterns that have to match a file, and match none."""
+    root = expanded(config.root, "decontaminate.root")
+    what = f"benchmark '{benchmark.name}'"
+    return [pattern for pattern in benchmark.files if not matching(root, (pattern,), what)]
 
 
 def write_questions(
     draft: Path, benchmarks: Sequence[tuple[Benchmark, Sequence[Path]]], held_out: Sequence[tuple[str, Sequence[Path]]]
 ) -> Done:
     """Write the questions of benchmarks, and those of held-out parts that are benchmarks.
+
+    The facts are the benchmarks' files with their digests.
 
     Args:
         draft: where to write.
@@ -63,7 +72,8 @@ def write_questions(
     counts = Counter(question.benchmark for question in found)
     counts["out"] = write(draft / "parquet", found, QUESTIONS)
     counts[WITHOUT_TOKENS] = sum(not tokens_of(question.text) for question in found)
-    return counts, {}
+    files = {benchmark.name: {path.name: sha256(path) for path in paths} for benchmark, paths in benchmarks}
+    return counts, {"files": files}
 
 
 def questions_in(path: Path) -> Iterator[Question]:

@@ -57,7 +57,8 @@ _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\[!,;: ]|\\(?:left|right|[bB]igg?[lr]?|(?:display|text)style|q?quad|limits)(?![a-z])|\\\\|~", " "),
-        (r"\\(?:begin|end)\s*\{\s*[a-z]*\*?\s*\}|\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)(?![a-z])", " "),
+        (r"\\(?:begin|end)\s*\{\s*[a-z]*\*?\s*\}", " "),
+        (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)(?![a-z])", " "),
         (r"(?m)^[ \t]*(?:>|#+|[-*](?=[ \t]+[a-z]{2}))[ \t]+|\*\*", " "),
         (r"\\[dt](frac|binom)(?![a-z])", r"\\\1"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac \1 \2"),

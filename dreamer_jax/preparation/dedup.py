@@ -184,7 +184,9 @@ def _later_of_equals(keys: DataFrame) -> DataFrame:
 
 
 def verified(pairs: DataFrame, rows: DataFrame, rule: Rule) -> DataFrame:
-    """The pairs whose canonical rows are as similar as the rule asks."""
+    """The pairs whose canonical rows are as similar as the rule asks. No texts but theirs are held in memory."""
+    met = pairs.select("rank").concat(pairs.select(col("keeper").alias("rank"))).distinct()
+    rows = rows.join(met, on="rank", how="semi").collect()
     kept = {"keeper": "rank", "kept_question": "question", "kept_answer": "answer"}
     keepers = rows.select(*(col(name).alias(alias) for alias, name in kept.items()))
     compared = pairs.join(rows, on="rank").join(keepers, on="keeper")

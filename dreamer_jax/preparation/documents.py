@@ -1,15 +1,17 @@
 """The last stages: a tokenizer, documents of token ids, and their packing in rows."""
 
 import functools
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dreamer_jax.data.builder import EXAMPLES
-from dreamer_jax.data.files import expanded
+from dreamer_jax.data.files import DataError, expanded
+from dreamer_jax.data.prepared import REPORT, ShardReport, assemble, link, repack, sha256, write_shard
 from dreamer_jax.data.prepared import Shard as PackedShard
-from dreamer_jax.data.prepared import ShardReport, assemble, link, repack, sha256, write_shard
 from dreamer_jax.data.sources import Split
 from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import (
@@ -55,7 +57,10 @@ def write_tokenizer(
         load_tokenizer(given, special_tokens).save(draft)
         return Counter(), {}
     counts = Counter[str]()
-    write_whole(draft / "tokenizer.model", train_sentencepiece(_sampled(sample, template, counts), vocab))
+    try:
+        write_whole(draft / "tokenizer.model", train_sentencepiece(_sampled(sample, template, counts), vocab))
+    except DataError as error:  # it names the keys of a training
+        raise DataError(str(error).replace("model.vocab", "tokens.vocab").replace("data.", "tokens.")) from None
     return counts, {}
 
 
@@ -224,17 +229,26 @@ def assembled(
         name: {"examples": examples([shard.path for shard in held_out if shard.source == name], EXAMPLES)}
         for name in names
     }
-    trained_on = [name for name in names if rows[name]] or names  # of none, `assemble` says what is wrong
+    used = [name for name in names if any(shard.report.rows for shards in sources[name].values() for shard in shards)]
+    used = used if any(rows.values()) else names  # where nothing is to be trained on, `assemble` says what is wrong
+    for name in set(_names_in(out)) - set(used):
+        shutil.rmtree(out / name, ignore_errors=True)
     tokens = work.recipe.tokens
     return assemble(
         out,
-        {name: sources[name] for name in trained_on},
+        {name: sources[name] for name in used},
         load_tokenizer(tokenizer, tokens.special_tokens),
-        key=key_of(
-            [shard.report.files for name in trained_on for shards in sources[name].values() for shard in shards]
-        ),
-        weights={source.name: float(rows[source.name] * source.repeats) for source in work.sources.values()},
+        key=key_of([shard.report.files for name in used for shards in sources[name].values() for shard in shards]),
+        weights={s.name: max(1, rows[s.name]) * float(s.repeats) for s in work.sources.values()},
         special_tokens=tokens.special_tokens,
         template=Template(tokens.prompt_template, tokens.response_template),
         details=details,
     )
+
+
+def _names_in(out: Path) -> list[str]:
+    """The sources of the result that was there before."""
+    try:
+        return list(json.loads((out / REPORT).read_bytes())["sources"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return []

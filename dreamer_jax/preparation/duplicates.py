@@ -58,8 +58,14 @@ def key_shard(draft: Path, shard: Path, rule: dedup.Rule) -> Done:
     named = (col("prompt").alias("question"), col("response").alias("answer"))
     canonical = dedup.canonical(daft.read_parquet(str(shard)).select("rank", *named))
     count = _save(canonical, draft / "canonical.parquet")
+    if not np.array_equal(_column(shard, "rank"), _column(draft / "canonical.parquet", "rank")):
+        raise RuntimeError(f"'{shard}' has other rows than its canonical form")
     _save(dedup.band_keys(daft.read_parquet(str(draft / "canonical.parquet")), rule), draft / "bands.parquet")
     return Counter({"in": count, "out": count}), {}
+
+
+def _column(path: Path, name: str) -> np.ndarray:
+    return pq.read_table(path, columns=[name])[name].to_numpy()
 
 
 def _save(frame: DataFrame, path: Path) -> int:
@@ -248,8 +254,8 @@ def _duplicates(work: Work, keyed: Mapping[str, Record], canonical: Mapping[str,
     key = stage_key("duplicates", [record.files for record in keyed.values()])
     dropped: dict[Kind, Path] = {}
     for kind in kinds:
-        values = {"near": settings["threshold"], "answers": settings["answers"], "exact": None}[kind]
-        key = stage_key("duplicates", kind, values, key)
+        values = {"near": dedup.Rule(threshold=settings["threshold"]), "answers": settings["answers"], "exact": None}
+        key = stage_key("duplicates", kind, values[kind], key)
         arguments = (kind, list(canonical.values()), bands, list(dropped.values()), settings)
         done_here(work, Task("duplicates", kind, key, find, arguments))
         dropped[kind] = file_path(work.folder, "duplicates", kind)

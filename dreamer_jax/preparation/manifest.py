@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ def write_results(
     held_out: Sequence[Shard],
 ) -> dict[str, Any]:
     """Write the files above into the folder of the result, and return the manifest."""
+    shutil.rmtree(out / "held_out", ignore_errors=True)  # with those of sources that are in it no more
     for name in report["sources"]:
         lines = (
             {"instruction": row.prompt, "output": row.response}
@@ -89,6 +91,7 @@ def manifest_of(
             stage: {name: record.counts for name, record in records[stage].items()}
             for stage in ("duplicates", "choose", "questions", "tokenizer")
         },
+        "benchmarks": records["questions"]["all"].facts["files"],
         "files": report["files"],
         "recipe": _recipe_values(recipe),
         "versions": {"python": platform.python_version()}
@@ -126,6 +129,7 @@ def _of_source(
         "commercial": source.commercial,
         "gated": source.gated,
         "read": read_files,
+        "rows_of_files": stages["read"].get("rows of files", 0),
         "rows_in": stages["read"].get("in", 0),
         "stages": stages,
         "training_documents": train.get("documents", 0),
@@ -178,7 +182,19 @@ def loaded(out: Path) -> dict[str, Any]:
 
 def table(manifest: Mapping[str, Any]) -> str:
     """What became of the rows of each source, in a table."""
-    header = ("source", "licence", "rows in", "trace", "clean", "duplicate", "leak", "documents", "tokens", "epochs")
+    header = (
+        "source",
+        "licence",
+        "rows of files",
+        "answers",
+        "trace",
+        "clean",
+        "duplicate",
+        "leak",
+        "documents",
+        "tokens",
+        "epochs",
+    )
     lines = [header]
     for name, part in manifest["sources"].items():
         stages = part["stages"]
@@ -187,7 +203,8 @@ def table(manifest: Mapping[str, Any]) -> str:
             for stage in ("strip", "clean", "unique", "decontaminate")
         ]
         epochs = f"{part['epochs']:.2f}" if "epochs" in part else ""
-        figures = [part["rows_in"], *(-count for count in lost), part["training_documents"], part["training_tokens"]]
+        came, went = (part["rows_of_files"], part["rows_in"]), (-count for count in lost)
+        figures = [*came, *went, part["training_documents"], part["training_tokens"]]
         lines.append((name, part["licence"], *(f"{figure:,}" for figure in figures), epochs))
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(

@@ -22,12 +22,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dreamer_jax.data.files import DataError, expanded
+from dreamer_jax.data.prepared import REPORT
 from dreamer_jax.data.prepared import Shard as PackedShard
 from dreamer_jax.data.sources import Split
 from dreamer_jax.data.tokenizer import check_tokenizer_file
 from dreamer_jax.preparation import benchmarks, documents, duplicates, filters, raw
 from dreamer_jax.preparation.fetch import fetch
-from dreamer_jax.preparation.manifest import write_results
+from dreamer_jax.preparation.manifest import MANIFEST, write_results
 from dreamer_jax.preparation.recipe import RawSource, Recipe, included
 from dreamer_jax.preparation.stage import (
     executing,
@@ -45,6 +46,7 @@ def prepare(recipe: Recipe) -> Path:
         ConfigError: a recipe that leaves no source.
     """
     out = expanded(recipe.out, "out").absolute()  # a worker may stand in another folder
+    _check_out(out, recipe)
     sources = included(recipe)
     groups = groups_of_sources(recipe, sources)
     _check_late_inputs(recipe)
@@ -62,7 +64,10 @@ def prepare(recipe: Recipe) -> Path:
             "validation": documents.packed(work, "validation", held_out, tokenizer),
         }
         report = documents.assembled(work, out, packed, held_out, tokenizer)
-        write_results(out, recipe, sources, work.records, report, held_out)
+        manifest = write_results(out, recipe, sources, work.records, report, held_out)
+    for name, part in manifest["sources"].items():
+        if not part["training_documents"]:
+            print(f"note: source '{name}' has no training document; see its stages in {MANIFEST}")
     return out
 
 
@@ -101,6 +106,18 @@ def _whereabouts(source: RawSource, root: Path) -> str:
     return f"looked for in {where}{hub}{' (access has to be asked for)' if source.gated else ''}"
 
 
+def _check_out(out: Path, recipe: Recipe) -> None:
+    """Keep away from folders that are something else.
+
+    Raises:
+        DataError: `out` is the folder of the raw sets, or has other prepared data in it.
+    """
+    if out == expanded(recipe.root, "root").absolute():
+        raise DataError(f"out = '{recipe.out}' is the folder of the raw sets, too; give another --out")
+    if (out / REPORT).exists() and not (out / "work").exists() and not (out / MANIFEST).exists():
+        raise DataError(f"out = '{recipe.out}' has prepared data that no recipe has made; give another --out")
+
+
 def _check_late_inputs(recipe: Recipe) -> None:
     """Look for what is not read before hours have passed: benchmarks, and a tokenizer that is given.
 
@@ -108,7 +125,10 @@ def _check_late_inputs(recipe: Recipe) -> None:
         DataError: it is not there.
     """
     for benchmark in recipe.decontaminate.benchmarks:
-        benchmarks.files_of(benchmark, recipe.decontaminate)
+        found = benchmarks.files_of(benchmark, recipe.decontaminate)
+        if missing := benchmarks.missing_of(benchmark, recipe.decontaminate):
+            there = ", ".join(path.name for path in found)
+            print(f"note: benchmark '{benchmark.name}' has no {' and no '.join(missing)}; only {there} is looked for")
     if recipe.tokens.tokenizer != "train":
         check_tokenizer_file(expanded(recipe.tokens.tokenizer, "tokens.tokenizer"))
 

@@ -21,12 +21,14 @@ from dreamer_jax.preparation.chance import Draw, drawn, threshold
 from dreamer_jax.preparation.dedup import RANK_BITS
 from dreamer_jax.preparation.recipe import Keep, RawSource
 from dreamer_jax.preparation.stage import Done, Row, Samples, Shard, Task, write
-from dreamer_jax.preparation.work import Work, all_done, shards_of, stage_key
+from dreamer_jax.preparation.work import Work, all_done, shards_of, source_name, stage_key
 
 KINDS = re.compile(r"\.(parquet|jsonl?|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
 """Names of the files that hold rows."""
 NO_ROWS = re.compile(r"(^|/)(\.|dataset_infos?\.json|state\.json|README)")
 """Names of those that do not, though they end alike."""
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""Names of splits. A file whose name tells one is never taken for another."""
 BYTES_AT_ONCE = 64 << 20
 """Files are read together until they have so many bytes, or more where there would be too many groups."""
 ROW_BITS = 28
@@ -82,7 +84,9 @@ def _of_subset(names: Sequence[str], source: RawSource) -> list[str]:
     if source.subset:
         outside = [name for name in names if "/" not in name.removeprefix("data/")]
         names = [name for name in names if _tells(name, source.subset, "[/.-]")] or outside
-    return [name for name in names if _tells(name, source.split, "[/_.-]")] or list(names)
+    of_split = [name for name in names if _tells(name, source.split, "[/_.-]")]
+    others = [split for split in SPLITS if split != source.split]
+    return of_split or [name for name in names if not any(_tells(name, split, "[/_.-]") for split in others)]
 
 
 def _tells(name: str, part: str, before: str) -> bool:
@@ -203,6 +207,8 @@ def texts_of(row: RawRow, source: RawSource, counts: Counter[str]) -> Iterator[t
         fits = _fits(row, keep, len(found))
         kept = [a and b for a, b in zip(kept, fits, strict=True)]
         counts[f"not kept: {keep.field}"] += fits.count(False)
+    if not found:
+        raise UnusableRow("no answer")
     yield from (
         (_without(prompt, source.remove), _without(response, source.remove))
         for (prompt, response), is_kept in zip(found, kept, strict=True)
@@ -265,4 +271,17 @@ def read(work: Work, groups: Mapping[str, Sequence[Group]]) -> list[Shard]:
             key = stage_key("read", values, place, group.number, files, work.recipe.work.shard_rows)
             arguments = (source, place, group, work.recipe.work.shard_rows)
             tasks.append(Task("read", f"{source.name}/{group.number:05d}", key, read_group, arguments))
-    return shards_of(work, "read", all_done(work, tasks))
+    records = all_done(work, tasks)
+    for source in work.sources.values():
+        counts = sum((Counter(r.counts) for name, r in records.items() if source_name(name) == source.name), Counter())
+        if not counts["in"]:
+            raise _nothing_usable(source, counts)
+    return shards_of(work, "read", records)
+
+
+def _nothing_usable(source: RawSource, counts: Counter[str]) -> DataError:
+    causes = ", ".join(f"{count:,} {cause}" for cause, count in counts.most_common() if cause not in ("in", "out"))
+    return DataError(
+        f"source '{source.name}': no row of its files is usable ({causes}); change its keys, or leave it out with "
+        f"--exclude {source.name}"
+    )

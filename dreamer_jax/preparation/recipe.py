@@ -149,10 +149,12 @@ class Benchmark:
 
     name: Word
     files: Words
-    """Patterns of files below decontaminate.root: JSON lines, JSON arrays, Parquet or CSV, plain, .gz or .zst; one at
-    least has to match."""
+    """Patterns of files below decontaminate.root: JSON lines, JSON arrays, Parquet or CSV, plain, .gz or .zst. Each of
+    them has to match a file."""
     question: Word
     """Field of the question."""
+    also: Words = ()
+    """Patterns of files that are read if they are there."""
     options: Words = ()
     """Fields of the options of a multiple choice. A question that is hardly one without them is looked for with them,
     too."""
@@ -162,15 +164,16 @@ class Benchmark:
 
 PAPER_BENCHMARKS = (
     Benchmark("gsm8k", ("gsm8k/test.jsonl*",), "question"),
-    Benchmark("math", ("math/test.jsonl*", "math/math500.jsonl*"), "problem"),
+    Benchmark("math", ("math/test.jsonl*",), "problem", also=("math/math500.jsonl*",)),
     Benchmark(
         "mmlu_math",
-        ("mmlu_math/*_test.csv*", "mmlu_math/*_val.csv*", "mmlu_math/*_dev.csv*"),
+        ("mmlu_math/*_test.csv*",),
         "question",
+        also=("mmlu_math/*_val.csv*", "mmlu_math/*_dev.csv*"),
         options=("A", "B", "C", "D"),
         columns=("question", "A", "B", "C", "D", "answer"),
     ),
-    Benchmark("mathqa", ("mathqa/test.json*", "mathqa/dev.json*"), "Problem", options=("options",)),
+    Benchmark("mathqa", ("mathqa/test.json*",), "Problem", also=("mathqa/dev.json*",), options=("options",)),
 )
 """Those of Section 4.1, in the files that docs/evaluation.md names. Maths-College is a source with `benchmark`."""
 
@@ -182,6 +185,8 @@ class DecontaminateConfig:
     root: Text = ""
     """Folder of the benchmarks' files; may begin with ~ or name an environment variable."""
     benchmarks: Annotated[tuple[Benchmark, ...], LIST] = PAPER_BENCHMARKS
+    partial: bool = False
+    """Go on if some of a benchmark's files are not there, with those that are."""
 
 
 @section("tokens")

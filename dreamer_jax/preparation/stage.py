@@ -13,12 +13,14 @@ never taken for whole, and a changed recipe redoes what the change reaches, and 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -141,16 +143,41 @@ def perform(work: Path, task: Task) -> tuple[str, Record]:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()  # of other files of these names
     with tempfile.TemporaryDirectory(prefix=DRAFT, dir=path.parent) as draft:
-        counts, facts = task.run(Path(draft), *task.arguments)
+        with _damage_named(work):
+            counts, facts = task.run(Path(draft), *task.arguments)
         files = {}
         for made in sorted(Path(draft).iterdir()):
             final = path.with_name(f"{path.stem}.{made.name}")
             if not made.name.startswith("samples"):
                 files[final.name] = {"bytes": made.stat().st_size, "sha256": sha256(made)}
+            _on_disk(made)
             os.replace(made, final)
     record = Record(task.key, files, dict(sorted(counts.items())), facts)
     write_whole(path, json.dumps(record._asdict(), indent=1) + "\n")
     return task.name, record
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file is on the disk, so that its record is not there before it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _damage_named(work: Path) -> Iterator[None]:
+    """Say of a shard that libraries cannot read what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        of_daft = type(error).__module__.startswith("daft")
+        of_arrow = isinstance(error, pa.ArrowException) or (isinstance(error, OSError) and error.errno is None)
+        if isinstance(error, DataError) or not (of_daft or of_arrow):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"a shard of an earlier stage in '{work}' cannot be read ({said}); delete the file that is named, or "
+            f"the whole folder, and run again"
+        ) from error
 
 
 def remove_drafts(work: Path) -> None:
@@ -202,7 +229,7 @@ class Executor:
         """The processes. They begin anew, because a fork of a process with threads may hang."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _use_one_thread)
+            self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin_worker)
         return self._pool
 
     def close(self) -> None:
@@ -211,8 +238,22 @@ class Executor:
             self._pool.shutdown(cancel_futures=True)
 
 
+def _begin_worker() -> None:
+    """Of a worker's process: it has one thread for daft, and ends when the main process does, however that ends."""
+    _use_one_thread()
+    main = multiprocessing.parent_process()
+    assert main is not None  # it has been spawned
+
+    def end_with_it() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+
+
+@functools.cache
 def _use_one_thread() -> None:
-    """Of a worker's process, beside which there are others."""
+    """Of a process beside which there are others; a process can say so once."""
     import daft
 
     daft.set_runner_native(num_threads=1)
@@ -233,7 +274,7 @@ def _join_ray() -> None:
 def _by_ray(work: Path, tasks: Sequence[Task]) -> Iterator[tuple[str, Record]]:
     import ray
 
-    performed = ray.remote(perform)
+    performed = ray.remote(_perform_in_ray)
     running = [performed.remote(work, task) for task in tasks]
     while running:
         ready, running = ray.wait(running)
@@ -241,6 +282,12 @@ def _by_ray(work: Path, tasks: Sequence[Task]) -> Iterator[tuple[str, Record]]:
             yield from ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+
+
+def _perform_in_ray(work: Path, task: Task) -> tuple[str, Record]:
+    """A task, whose daft works here: plans that several tasks start on one cluster at once would mix up."""
+    _use_one_thread()
+    return perform(work, task)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from dreamer_jax.preparation.recipe import RawSource, Recipe
 from dreamer_jax.preparation.stage import Done, Executor, Record, Shard, Task, done, key_of
 
 VERSIONS = {
-    "read": 1,
+    "read": 2,
     "strip": 1,
     "clean": 1,
     "keys": 1,
@@ -17,13 +17,20 @@ VERSIONS = {
     "choose": 1,
     "unique": 1,
     "questions": 1,
-    "decontaminate": 1,
+    "decontaminate": 2,
     "tokenizer": 1,
     "documents": 1,
     "packing": 1,
 }
 """Raise one when its stage would give other rows of the same ones: it and what follows it are done anew."""
-LIBRARIES = {"clean": "ftfy", "keys": "daft", "duplicates": "daft", "tokenizer": "sentencepiece"}
+LIBRARIES = {
+    "clean": ("ftfy",),
+    "keys": ("daft",),
+    "duplicates": ("daft",),
+    "questions": ("ftfy",),
+    "tokenizer": ("sentencepiece", "tokenizers"),
+    "documents": ("sentencepiece", "tokenizers"),
+}
 """On which the result of a stage depends."""
 
 
@@ -47,8 +54,8 @@ def shard_task(stage: str, shard: Shard, run: Callable[..., Done], value: Any) -
 
 def stage_key(stage: str, *parts: Any) -> str:
     """A key for a task of a stage: a hash of these parts, and of the code that works on them."""
-    library = LIBRARIES.get(stage)
-    return key_of(stage, VERSIONS[stage], importlib.metadata.version(library) if library else None, *parts)
+    libraries = [(name, importlib.metadata.version(name)) for name in LIBRARIES.get(stage, ())]
+    return key_of(stage, VERSIONS[stage], libraries, *parts)
 
 
 def all_done(work: Work, tasks: Sequence[Task]) -> dict[str, Record]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,20 @@ def in_the_table(model: ModelConfig, compute: Compute, kernels: str) -> Counter[
     return numbers
 
 
-@pytest.mark.parametrize(("dtype", "remat"), COMPUTED)
-@pytest.mark.parametrize("name", MODELS)
+WHOLE = ("LA", "DR+DA", "linear", "latent", "parameter")
+"""Models that have every array of the table between them: by default these have all policies, the others one each."""
+
+
+def pairs_of(models: Iterable[str], policies: Sequence[Any]) -> Iterator[Any]:
+    """Every model with every policy; all but one of a model that is not whole is for `make exhaustive`."""
+    for i, name in enumerate(models):
+        for j, policy in enumerate(policies):
+            always = name in WHOLE or i % len(policies) == j
+            values = policy if isinstance(policy, tuple) else (policy,)
+            yield pytest.param(name, *values, marks=[] if always else [pytest.mark.exhaustive])
+
+
+@pytest.mark.parametrize(("name", "dtype", "remat"), pairs_of(MODELS, COMPUTED))
 def test_the_table_lists_what_jax_keeps(monkeypatch, name: str, remat: str, dtype: str) -> None:
     compute = Compute(dtype=jnp.dtype(dtype), remat=remat)
     kept = kept_by_jax(monkeypatch, MODELS[name], compute)
@@ -170,8 +183,7 @@ def test_the_table_lists_what_jax_keeps(monkeypatch, name: str, remat: str, dtyp
 
 
 @needs_compiler
-@pytest.mark.parametrize("remat", POLICIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "remat"), pairs_of(MODELS, POLICIES))
 def test_the_table_lists_what_jax_keeps_with_native_kernels(monkeypatch, name: str, remat: str) -> None:
     compute = Compute(remat=remat, kernels="native")
     assert kept_by_jax(monkeypatch, MODELS[name], compute) == in_the_table(MODELS[name], compute, "native")
@@ -192,8 +204,7 @@ class OnDevice(Compute):
         return dataclasses.replace(PLAIN, linear=linear, swiglu=swiglu)
 
 
-@pytest.mark.parametrize(("dtype", "remat"), COMPUTED)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype", "remat"), pairs_of(VARIANTS, COMPUTED))
 def test_the_table_lists_what_jax_keeps_with_kernels_of_accelerators(
     monkeypatch, variant: str, remat: str, dtype: str
 ) -> None:
@@ -201,12 +212,12 @@ def test_the_table_lists_what_jax_keeps_with_kernels_of_accelerators(
     assert kept_by_jax(monkeypatch, MODELS[variant], compute) == in_the_table(MODELS[variant], compute, "device")
 
 
-@pytest.mark.parametrize("remat", ["full", "selective", "products"])
-@pytest.mark.parametrize("mixture", [("da[::2]+sa", "ea"), ("da+sa", "ea[::3]"), ("da+sa[:2]", "ea")])
-def test_the_loop_keeps_as_much_of_depths_at_which_a_dimension_does_not_run(
-    monkeypatch, mixture: tuple[str, ...], remat: str
-) -> None:
-    model, compute = changed(ODD, mixture=mixture), Compute(remat=remat)
+SKIPPING = {"da skips": ("da[::2]+sa", "ea"), "ea skips": ("da+sa", "ea[::3]"), "sa skips": ("da+sa[:2]", "ea")}
+
+
+@pytest.mark.parametrize(("name", "remat"), pairs_of(SKIPPING, ["full", "selective", "products"]))
+def test_the_loop_keeps_as_much_of_depths_at_which_a_dimension_does_not_run(monkeypatch, name: str, remat: str) -> None:
+    model, compute = changed(ODD, mixture=SKIPPING[name]), Compute(remat=remat)
     assert kept_by_jax(monkeypatch, model, compute) == in_the_table(model, compute, "plain")
 
 
@@ -218,8 +229,13 @@ def xla_memory(config: Config) -> Any:
 
 
 @needs_compiler
-@pytest.mark.parametrize("remat", ["full", "products"])
-@pytest.mark.parametrize("variant", ["LA", "DR", "DR+DA"])
+@pytest.mark.parametrize(
+    ("variant", "remat"),
+    [
+        *(("LA", "full"), ("DR", "full"), ("DR+DA", "full"), ("DR+DA", "products")),
+        *(pytest.param(variant, "products", marks=pytest.mark.exhaustive) for variant in ("LA", "DR")),
+    ],
+)
 def test_the_estimate_of_a_step_is_near_what_xla_reserves(variant: str, remat: str) -> None:
     check_estimate(config_of(variant, remat))
 

@@ -16,8 +16,8 @@ from dreamer_jax.analysis import live
 from dreamer_jax.analysis.captures import AnalysisError
 from dreamer_jax.config import CheckpointConfig, LogConfig
 from dreamer_jax.figures import UNKNOWN
-from dreamer_jax.training.loop import train
 from tests.models import changed
+from tests.training.shared import train
 from tests.training.test_metrics import event_messages
 from tests.training.toy import REFERENCE, toy_config
 

@@ -20,13 +20,13 @@ CASES = [
     (small("LA+DA", SEQUENTIAL), 3),
     (small("DR"), 3),
     *((small("DR+DA", mixture), 3) for mixture in MIXTURES),
-    (small("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")), 3),
-    (small("LA+DA", ("da[1:]", "sa[:2]", "ea[::2]")), 3),
     (small("DR+DA"), 2),
     (small("DR+DA", ("da[::2]+sa[1:]", "ea")), 5),
     (changed(small("DR"), depth_rope_scaling=True), 5),
 ]
 """Model, and the depth that runs."""
+FURTHER = [(small("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")), 3), (small("LA+DA", ("da[1:]", "sa[:2]", "ea[::2]")), 3)]
+"""Of dimensions that skip depths there is a deeper case above, and in tests/model/test_variants.py one of layers."""
 PROMPTS = [[5, 17, 3, 41, 8], [60], [11, 2, 9, 33, 27, 50, 19, 4]]
 LONGER = [[7, 40] * 10, [1]]
 STEPS = 6
@@ -64,9 +64,14 @@ def decoded_logits(decoder, texts, lengths):
     return jnp.concatenate([logits[:, None], jnp.moveaxis(later, 0, 1)], axis=1)
 
 
-@pytest.mark.parametrize(
-    ("config", "depth"), CASES, ids=[f"{c.variant} {' '.join(c.mixture)} {depth}" for c, depth in CASES]
-)
+def decoded():
+    for case in CASES + FURTHER:
+        config, depth = case
+        marks = [pytest.mark.exhaustive] if case in FURTHER else []
+        yield pytest.param(*case, id=f"{config.variant} {' '.join(config.mixture)} {depth}", marks=marks)
+
+
+@pytest.mark.parametrize(("config", "depth"), decoded())
 def test_decoding_equals_the_oracles_full_forward_pass(config, depth):
     weights = weights_of(config)
     lengths, texts = np.array([5, 1, 8], np.int32), np.random.default_rng(0).integers(0, config.vocab, (3, 16))

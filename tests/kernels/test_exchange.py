@@ -66,11 +66,11 @@ def on_many(name, experts, exchange, x, scores, w_gate_up, w_down, d_y, ids):
 @pytest.mark.parametrize(
     ("experts", "devices", "skew", "slack"),
     [
-        pytest.param(16, 8, 0.0, 2, id="even load"),
+        pytest.param(16, 8, 0.0, 2, id="even load", marks=pytest.mark.exhaustive),
         pytest.param(13, 8, 0.0, 2, id="experts that do not divide"),
         pytest.param(5, 8, 0.0, 2, id="devices without an expert"),
         pytest.param(16, 4, 1.0, 0.5, id="several rounds"),
-        pytest.param(16, 8, 3.0, 0.2, id="nearly all tokens on one device"),
+        pytest.param(16, 8, 3.0, 0.2, id="nearly all tokens on one device", marks=pytest.mark.exhaustive),
     ],
 )
 def test_shared_out_experts_equal_one_device_in_values_and_gradients(experts, devices, skew, slack):
@@ -99,7 +99,13 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
     return output
 
 
-@pytest.mark.parametrize(("skew", "slack"), [(0.0, 2), (1.0, 0.5)], ids=["one round", "several rounds"])
+@pytest.mark.parametrize(
+    ("skew", "slack"),
+    [
+        pytest.param(0.0, 2, id="one round", marks=pytest.mark.exhaustive),
+        pytest.param(1.0, 0.5, id="several rounds"),
+    ],
+)
 def test_the_ragged_transport_sends_every_row_to_the_same_place(monkeypatch, skew, slack):
     monkeypatch.setattr(exchange_module.lax, "ragged_all_to_all", emulated)
     inputs = arrays(13, 4, skew)

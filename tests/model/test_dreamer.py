@@ -35,11 +35,15 @@ CASES = {
     "DR+DA shallower, scaled": (changed(small("DR+DA"), depth_rope_scaling=True), 2),
 }
 """Model, and the depth that runs."""
+FURTHER = ("DR+DA at some depths",)
+"""Nothing that a deeper one does not have."""
 
 
 def grouped():
     """A case is computed by one process, for all tests that look at it."""
-    return [pytest.param(case, id=name, marks=pytest.mark.xdist_group(name)) for name, case in CASES.items()]
+    for name, case in CASES.items():
+        marks = [pytest.mark.xdist_group(name), *([pytest.mark.exhaustive] if name in FURTHER else [])]
+        yield pytest.param(case, id=name, marks=marks)
 
 
 @pytest.fixture(params=grouped(), scope="module")

@@ -86,8 +86,14 @@ def check_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("remat", POLICIES)
-@pytest.mark.parametrize("depth", [1, 5])
+@pytest.mark.parametrize(
+    ("depth", "remat"),
+    [
+        *((5, remat) for remat in POLICIES),
+        (1, "full"),
+        *(pytest.param(1, remat, marks=pytest.mark.exhaustive) for remat in POLICIES if remat != "full"),
+    ],
+)
 def test_gradients_equal_the_unrolled_loops(remat, depth):
     actual = gradients(functools.partial(scanned, remat=remat), depth)
     jax.tree.map(check_close, actual, gradients(unrolled, depth))

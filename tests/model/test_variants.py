@@ -56,6 +56,7 @@ MODELS = {
 }
 """Model, the depth that runs, and a seed of weights with which no choice of an expert hangs on float32's rounding."""
 POLICIES = ("none", "full", "selective", "products")
+FURTHER = ("DR everything, deeper native none", "DR everything, deeper plain selective")
 TOLERANCE = 2e-5
 """Of values relative to the largest; gradients have five times as much."""
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -68,6 +69,8 @@ def computed():
             kernels = "plain" if name.startswith("DR") and remat == "selective" else "native"
             compute, label = Compute(remat=remat, kernels=kernels), f"{name} {kernels} {remat}"
             marks = [pytest.mark.xdist_group(label)] + ([] if kernels == "plain" else [needs_compiler])
+            # The other models have these policies by turns, and test_memory.py has what each policy keeps of each.
+            marks += [pytest.mark.exhaustive] if label.startswith(FURTHER) else []
             yield pytest.param((name, compute), marks=marks, id=label)
 
 

@@ -1,5 +1,6 @@
 """Questions of benchmarks as their files have them: of every kind, and what is wrong with others."""
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Sequence
@@ -128,7 +129,8 @@ def test_all_files_that_fit_are_taken(tmp_path: Path):
     for name in ("b/test.json", "a/test.json", "a/train.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("[]")
-    found = files_of(benchmark("*/test.*", "none"), DecontaminateConfig(root=str(tmp_path)))
+    config = DecontaminateConfig(root=str(tmp_path))
+    found = files_of(dataclasses.replace(benchmark("*/test.*"), also=("none",)), config)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/test.json", "b/test.json"]
 
 
@@ -136,7 +138,7 @@ def test_all_files_that_fit_are_taken(tmp_path: Path):
     ("root", "files", "said"),
     [
         ("", ("x.json",), r"decontaminate\.root is empty"),
-        ("{tmp}", ("x.json", "y/*"), r"benchmark 'set': '.*' has no x\.json or y/\*"),
+        ("{tmp}", ("x.json", "y/*"), r"benchmark 'set': '.*' has no x\.json and no y/\*"),
         ("{tmp}/absent", ("x.json",), r"has no x\.json"),
     ],
 )
@@ -146,6 +148,14 @@ def test_absent_files_are_an_error_that_names_both_remedies(tmp_path: Path, root
         files_of(benchmark(*files), config)
     assert "--decontaminate.root" in str(caught.value)
     assert "take 'set' out of the recipe's decontaminate.benchmarks" in str(caught.value)
+
+
+def test_files_that_are_missing_are_done_without_only_if_that_is_asked_for(tmp_path: Path):
+    (tmp_path / "a.json").write_text("[]")
+    config = DecontaminateConfig(root=str(tmp_path))
+    with pytest.raises(DataError, match=r"has no b\.json, go on with a\.json by --decontaminate\.partial True"):
+        files_of(benchmark("a.json", "b.json"), config)
+    assert files_of(benchmark("a.json", "b.json"), dataclasses.replace(config, partial=True)) == [tmp_path / "a.json"]
 
 
 def test_a_pattern_that_cannot_be_one_is_an_error(tmp_path: Path):

@@ -92,15 +92,24 @@ HUB = ["algebra/test-0.parquet", "algebra/train-0.parquet", "geometry/train-0.pa
     ("values", "wanted"),
     [
         ({"subset": "algebra"}, HUB[1:2]),
-        ({"subset": "geometry", "split": "test"}, HUB[2:]),  # names tell no test split of it
+        ({"subset": "geometry", "split": "test"}, []),  # its only file is of another split
         ({"split": "train"}, HUB[1:]),
-        ({"split": "tra"}, HUB),  # no name has it as a part of its own
+        ({"split": "tra"}, []),  # all names tell that they are of other splits
         ({"subset": "alg"}, []),  # all names tell that they are of others
     ],
 )
 def test_subset_and_split_choose_files_where_names_tell(tmp_path: Path, values: dict[str, str], wanted: list[str]):
     touch(tmp_path, *(f"set/{name}" for name in HUB))
     assert found(tmp_path, hub="o/set", files=(), **values) == [f"set/{name}" for name in wanted]
+
+
+def test_a_file_whose_name_tells_no_split_is_taken_and_one_of_another_split_never(
+    tmp_path: Path,
+):
+    touch(tmp_path, "set/test.jsonl")
+    assert found(tmp_path, hub="o/set", files=()) == []
+    touch(tmp_path, "set/rows.jsonl")
+    assert found(tmp_path, hub="o/set", files=()) == ["set/rows.jsonl"]
 
 
 def test_small_files_are_read_together_and_a_large_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dreamer_jax.data.files import DataError
+from dreamer_jax.data.layout import UnusableRow
 from dreamer_jax.preparation.filters import MARKS
 from dreamer_jax.preparation.raw import Group, files_of, read_group, texts_of
 from dreamer_jax.preparation.reasoning import is_unproved, stripped
@@ -175,7 +176,6 @@ CASES: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         },
         [("Why?", "## Step 1: Because.")],
     ),
-    ("natural_reasoning", {"question": "Why?", "reference_answer": "So.", "responses": []}, []),
     ("nemotron", {"id": "1", "text": "What is 2 + 2? It is 4."}, [("", "What is 2 + 2? It is 4.")]),
     ("nemotron", {"id": "1", "text": f"What is 2 + 2?\n{TRACE}It is 4."}, [("", "What is 2 + 2?\n\nIt is 4.")]),
     ("math_instruct", {"instruction": "Add.", "input": "2 and 2", "output": "4"}, [("Add.\n\n2 and 2", "4")]),
@@ -211,6 +211,12 @@ def test_sets_can_be_left_out_by_what_their_licences_allow() -> None:
     assert "CC-BY-NC-4.0" in line
     assert "no commercial use" in line
     assert line.endswith("left out")
+
+
+def test_a_row_without_a_response_is_counted():
+    row = {"question": "Why?", "reference_answer": "So.", "responses": []}
+    with pytest.raises(UnusableRow, match="no answer"):
+        list(texts_of(row, SOURCES["natural_reasoning"], Counter()))
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -18,16 +18,29 @@ from dreamer_jax import convert
 from dreamer_jax.config import CheckpointConfig, ConfigError, MeshConfig, to_json
 from dreamer_jax.sharding import make_mesh
 from dreamer_jax.training import checkpoint, loop
-from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, Position, load_model, save_model
-from dreamer_jax.training.loop import TrainingDiverged, train
-from dreamer_jax.training.step import init_state
+from dreamer_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Position,
+    changed_keys,
+    load_model,
+    save_model,
+)
+from dreamer_jax.training.loop import TrainingDiverged
+from dreamer_jax.training.step import abstract_state
 from tests.models import changed
-from tests.training.toy import toy_config, with_model
+from tests.training import shared
+from tests.training.shared import train
+from tests.training.toy import REFERENCE, toy_config, with_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
+
+
+def config_of(folder, **train):
+    return dataclasses.replace(toy_config(folder, **train), kernels=REFERENCE)
 
 
 def named(config, name):
@@ -36,7 +49,7 @@ def named(config, name):
 
 def final_arrays(config):
     """Everything in the newest checkpoint of a run."""
-    _, like = init_state(config, make_mesh(MeshConfig()))
+    _, like = abstract_state(config, make_mesh(MeshConfig()))
     with Checkpoints(config.run_dir) as checkpoints:
         return jax.device_get(checkpoints.restore(like, checkpoints.latest))
 
@@ -49,7 +62,7 @@ def records(config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-    config = named(toy_config(folder), "uninterrupted")
+    config = named(config_of(folder), "uninterrupted")
     summary = train(config)
     return config, summary
 
@@ -76,9 +89,9 @@ def test_an_earlier_checkpoint_can_be_named(uninterrupted):
 
 def test_resumed_equals_uninterrupted_bit_for_bit(folder, uninterrupted):
     config, _ = uninterrupted
-    halves = named(toy_config(folder, steps=3), "halves")
+    halves = named(config_of(folder, steps=3), "halves")
     train(halves)
-    resumed = named(toy_config(folder), "halves")
+    resumed = named(config_of(folder), "halves")
     train(resumed)
     jax.tree.map(np.testing.assert_array_equal, final_arrays(resumed), final_arrays(config))
     ours = {r["step"]: r for r in records(resumed) if "train/loss" in r}
@@ -108,7 +121,7 @@ def wait_for_checkpoint(process, run_dir, after):
 
 
 def test_a_killed_and_a_terminated_run_resume_to_the_same_end(folder, tmp_path):
-    config = toy_config(folder, steps=16)
+    config = config_of(folder, steps=12)
     straight = named(config, "straight")
     killed = dataclasses.replace(config, name="killed", checkpoint=CheckpointConfig(every=1, keep=2))
     process = launch(killed, tmp_path)
@@ -130,8 +143,8 @@ def test_a_killed_and_a_terminated_run_resume_to_the_same_end(folder, tmp_path):
 
 
 def test_a_save_in_progress_does_not_see_later_steps(folder):
-    config = named(toy_config(folder), "async")
-    _, state = init_state(config, make_mesh(MeshConfig()))
+    config = named(config_of(folder), "async")
+    _, state = shared.init_state(config, make_mesh(MeshConfig()))
     expected = jax.device_get(jax.tree.map(jnp.copy, state))
     overwrite = jax.jit(lambda s: jax.tree.map(lambda a: a * 0 - 1, s), donate_argnums=0)
     with Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
@@ -142,21 +155,28 @@ def test_a_save_in_progress_does_not_see_later_steps(folder):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(checkpoints.restore(state, 1)), expected)
 
 
+def test_a_run_does_not_go_on_in_another_layout_of_documents(folder):
+    config = config_of(folder)
+    keys = {"prompt_template": "Q: {text}", "response_template": "\n{text}", "special_tokens": ("<s>",)}
+    other = changed(config, data={**keys, "response_only": True})
+    assert sorted(loop.of_the_model(changed_keys(config, other))) == sorted(f"data.{key}" for key in keys)
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(folder, uninterrupted):
     config, _ = uninterrupted
-    wider = named(with_model(toy_config(folder), ea={"expert_width": 16}), "uninterrupted")
+    wider = named(with_model(config_of(folder), ea={"expert_width": 16}), "uninterrupted")
     before = (config.run_dir / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=r"model\.ea\.expert_width.*--name"):
         train(wider)
     assert (config.run_dir / "config.json").read_bytes() == before
-    _, like = init_state(wider, make_mesh(MeshConfig()))
+    _, like = abstract_state(wider, make_mesh(MeshConfig()))
     with (
         Checkpoints(config.run_dir) as checkpoints,
         pytest.raises(CheckpointError, match=r"misshapen: params\.layer\.ea\.w_down"),
     ):
         checkpoints.restore(like, checkpoints.latest)
     without_da = with_model(config, mixture=("sa", "ea"))
-    _, like = init_state(without_da, make_mesh(MeshConfig()))
+    _, like = abstract_state(without_da, make_mesh(MeshConfig()))
     with (
         Checkpoints(config.run_dir) as checkpoints,
         pytest.raises(CheckpointError, match=r"not in this model: params\.layer\.da"),
@@ -204,7 +224,7 @@ def test_a_saved_model_loads_and_is_not_overwritten(uninterrupted, tmp_path):
 
 
 def test_a_diverging_run_stops_with_a_message(folder, monkeypatch):
-    config = dataclasses.replace(named(toy_config(folder, steps=20, max_bad_steps=3), "diverging"))
+    config = dataclasses.replace(named(config_of(folder, steps=20, max_bad_steps=3), "diverging"))
     original = loop.init_state
 
     def poisoned(config, mesh):
@@ -213,4 +233,4 @@ def test_a_diverging_run_stops_with_a_message(folder, monkeypatch):
 
     monkeypatch.setattr(loop, "init_state", poisoned)
     with pytest.raises(TrainingDiverged, match="steps 1 to 3 had a non-finite loss"):
-        train(config)
+        loop.train(config)

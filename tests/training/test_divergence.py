@@ -8,8 +8,9 @@ import pytest
 from dreamer_jax.config import CheckpointConfig
 from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import Checkpoints
-from dreamer_jax.training.loop import TrainingDiverged, train
+from dreamer_jax.training.loop import TrainingDiverged
 from tests.models import changed
+from tests.training.shared import train
 from tests.training.toy import REFERENCE, toy_config, with_model
 
 RATE = {"learning_rate": 1e20}

@@ -13,6 +13,8 @@ from dreamer_jax.training.preemption import PreemptionError, interrupted_code, p
 from tests.training.peers import ROOT, Peer
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
+FURTHER = [pytest.param(name, marks=pytest.mark.exhaustive) for name in SIGNALS[2:]]
+"""That each has the handler is seen before the first step; what it does later is the same code."""
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -24,7 +26,7 @@ def test_a_signal_before_the_first_step_ends_a_process_at_once_whatever_it_does(
     assert peer.ended(10) == (75, f"{name} before the first step: nothing to save\n")
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", SIGNALS[:2] + FURTHER)
 def test_a_signal_during_a_step_is_noted_and_one_after_the_last_ends(name):
     peer = Peer("step")
     for note in ("started", "joined", "stepping"):
@@ -59,7 +61,7 @@ def handles_sigterm(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the handlers of a process")
-@pytest.mark.parametrize("later", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("later", [0.0, 1.0, *(pytest.param(t, marks=pytest.mark.exhaustive) for t in (0.05, 0.5))])
 def test_training_has_a_code_for_a_signal_from_its_first_moments_on(tmp_path, later):
     config = tmp_path / "toy.py"
     config.write_text(

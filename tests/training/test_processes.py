@@ -27,7 +27,7 @@ from dreamer_jax.training import loop
 from dreamer_jax.training.checkpoint import Checkpoints, load_model
 from dreamer_jax.training.rows import held_rows, place_rows
 from dreamer_jax.training.run_folder import RunFolderError, claimed
-from dreamer_jax.training.step import init_state
+from dreamer_jax.training.step import abstract_state
 from tests.training.peers import Peer, free_port, group, seconds_until
 from tests.training.worker import FAULT_STEP, HANG_SECONDS, LAST, config_of, copied, once
 
@@ -108,7 +108,7 @@ def assert_same_records(ours, theirs):
 
 def final_arrays(folder, name):
     config = config_of(folder, name)
-    _, like = init_state(config, make_mesh(config.mesh))
+    _, like = abstract_state(config, make_mesh(config.mesh))
     with Checkpoints(config.run_dir) as checkpoints:
         assert checkpoints.latest == 6
         return jax.device_get(checkpoints.restore(like, 6))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dreamer_jax.config import MeshConfig, OptimizerConfig
+from dreamer_jax.config import KernelConfig, MeshConfig, OptimizerConfig, TrainConfig
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.kernels.compute import Compute
 from dreamer_jax.model.parameters import Matrix, Norm, RouterKeys
@@ -19,7 +19,7 @@ from dreamer_jax.sharding import make_mesh, replicated
 from dreamer_jax.training.optimizer import adamw, decayed, learning_rate
 from dreamer_jax.training.step import init_state, make_evaluation, make_train_step
 from tests.models import packed_batch, variant_of
-from tests.training.toy import toy_config
+from tests.training.toy import REFERENCE, toy_config
 
 STEPS = 3
 
@@ -31,17 +31,27 @@ def batch_of(config, seed=0):
 
 
 @functools.cache
+def initialised(config):
+    return init_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def initial(config):
+    """(graph, state before the first step) on one device, the same for all ways to train."""
+    return initialised(dataclasses.replace(config, train=TrainConfig(seed=config.train.seed)))
+
+
+@functools.cache
 def made(config, compute=None):
     """(graph, state before the first step, the step) on one device; a step takes a copy of the state, and eats it."""
+    graph, state = initial(config)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    graph, state = init_state(config, mesh)
     return graph, state, make_train_step(config, compute or Compute.of(config), mesh, graph)
 
 
 def run(config, *, compute=None, steps=STEPS):
     """(state, what the steps reported) after a few steps on one device."""
-    _, initial, step = made(config, compute)
-    state, results = jax.tree.map(jnp.copy, initial), []
+    _, first, step = made(config, compute)
+    state, results = jax.tree.map(jnp.copy, first), []
     for i in range(steps):
         state, result = step(state, batch_of(config, seed=i))
         results.append(result)
@@ -54,8 +64,9 @@ def reference(variant, folder):
 
 
 def config_of(variant, folder, **train):
+    """With the reference kernels, which compile soonest; test_golden.py trains with the others."""
     config = toy_config(folder, **train)
-    return dataclasses.replace(config, model=variant_of(config.model, variant))
+    return dataclasses.replace(config, model=variant_of(config.model, variant), kernels=REFERENCE)
 
 
 def counts_of(result):
@@ -83,13 +94,20 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("toy")
 
 
-def test_four_microbatches_train_like_one(folder):
-    check_same_training(run(config_of("DR+DA", folder, microbatches=4)), reference("DR+DA", folder))
-
-
-@pytest.mark.parametrize("remat", ["none", "selective"])
-def test_remat_does_not_change_training(remat, folder):
-    check_same_training(run(config_of("DR+DA", folder, remat=remat)), reference("DR+DA", folder))
+@pytest.mark.parametrize(
+    ("microbatches", "remat"),
+    [
+        (4, "none"),
+        (1, "selective"),
+        pytest.param(4, "full", marks=pytest.mark.exhaustive),
+        pytest.param(1, "none", marks=pytest.mark.exhaustive),
+        pytest.param(1, "products", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_microbatches_and_remat_do_not_change_training(microbatches, remat, folder):
+    """Nor do both at once: the pair of (4, none) takes one program for the two."""
+    divided = config_of("DR+DA", folder, microbatches=microbatches, remat=remat)
+    check_same_training(run(divided), reference("DR+DA", folder))
 
 
 def test_biases_move_by_their_rates_and_sum_what_shares_them(folder):
@@ -129,8 +147,10 @@ def test_a_non_finite_step_is_skipped_and_counted(folder):
     chex.assert_trees_all_equal(kept(after), kept(before))
 
 
-def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss(folder):
-    state, results = run(config_of("DR+DA", folder, dtype="bfloat16"), steps=1)
+@pytest.mark.parametrize("kernels", [REFERENCE, pytest.param(KernelConfig(), marks=pytest.mark.exhaustive)])
+def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss(kernels, folder):
+    config = dataclasses.replace(config_of("DR+DA", folder, dtype="bfloat16"), kernels=kernels)
+    state, results = run(config, steps=1)
     _, expected = reference("DR+DA", folder)
     np.testing.assert_allclose(results[0].loss, expected[0].loss, rtol=5e-3)
     assert {a.dtype for a in jax.tree.leaves((state.params, state.biases))} == {np.dtype("float32")}
@@ -138,8 +158,8 @@ def test_bfloat16_keeps_float32_parameters_and_nearly_the_loss(folder):
 
 def test_training_lowers_the_loss_of_a_repeated_batch(folder):
     config = config_of("DR+DA", folder)
-    _, initial, step = made(config)
-    state, losses = jax.tree.map(jnp.copy, initial), []
+    _, first, step = made(config)
+    state, losses = jax.tree.map(jnp.copy, first), []
     for _ in range(12):
         state, result = step(state, batch_of(config))
         losses.append(float(result.loss))
@@ -160,15 +180,17 @@ def test_evaluation_gives_the_training_loss(folder):
 
 def test_initialisation_depends_on_the_seed_alone(folder):
     config = config_of("DR+DA", folder)
-    _, one, _ = made(config)
+    _, one = initial(config)
     _, eight = init_state(config, make_mesh(MeshConfig(2, 2, 2)))
-    _, other, _ = made(config_of("DR+DA", folder, seed=1))
+    _, other = initial(config_of("DR+DA", folder, seed=1))
     chex.assert_trees_all_equal(jax.device_get(one), jax.device_get(eight))
+    w = eight.params["layer"]["ea"]["w_down"][...]
+    assert w.addressable_shards[0].data.shape == (*w.shape[:-1], w.shape[-1] // 4)
     assert not np.array_equal(one.params["embed"][...], other.params["embed"][...])
 
 
 def test_weight_decay_spares_norms_alone(folder):
-    _, state, _ = made(config_of("DR+DA", folder))
+    _, state = initial(config_of("DR+DA", folder))
     variables = jax.tree.leaves(decayed(state.params), is_leaf=lambda v: isinstance(v, nnx.Variable))
     decides = {type(v): v.get_value() for v in variables}
     assert decides == {Matrix: True, RouterKeys: True, Norm: False}
@@ -180,7 +202,7 @@ def test_weight_decay_and_clipping_follow_their_formulas():
     gradient = jax.tree.map(lambda a: jnp.full_like(a, 100.0), params)
     transform = adamw(config)
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = transform.update(gradient, transform.init(params), params)
+        updates, state = jax.jit(transform.update)(gradient, transform.init(params), params)
     np.testing.assert_allclose(updates["w"][...], -0.1 * (1 + 0.01 * 3.0), rtol=1e-5)
     np.testing.assert_allclose(updates["n"][...], -0.1, rtol=1e-5)
     clipped = 100.0 * 0.5 / np.sqrt(6 * 100.0**2)

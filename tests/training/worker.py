@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dreamer_jax.config import Config, DistributedConfig
 from dreamer_jax.distributed import joined
-from tests.training.toy import REFERENCE, toy_config
+from tests.training.toy import REFERENCE, toy_config, with_model
 
 FAULT_STEP = 4
 HANG_SECONDS = 6
@@ -23,7 +23,8 @@ LAST = ("kill", "behead", "fail", "hang")
 
 def config_of(folder: Path, name: str) -> Config:
     patience = DistributedConfig(hang_s=HANG_SECONDS) if name == "hang" else DistributedConfig()
-    config = toy_config(folder, remat="none")
+    # Attention over depths, which each device computes by itself, would only take longer to compile.
+    config = with_model(toy_config(folder, remat="none"), mixture=("sa", "ea"))
     return dataclasses.replace(config, name=name, kernels=REFERENCE, distributed=patience)
 
 
