@@ -1,6 +1,7 @@
-"""Checkpoints to the exchange format and back.
+"""Checkpoints to the exchange format and back, and to transformers.
 
 python -m dreamer_jax.convert --checkpoint RUN --to safetensors --out DIR [--merged]
+python -m dreamer_jax.convert --checkpoint RUN --to hf --out DIR [--merged]
 python -m dreamer_jax.convert --from safetensors --source DIR --out RUN
 """
 
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dreamer_jax.config import Config, ConfigError, ModelConfig, readable_path, to_json
+from dreamer_jax.convert.hf import export_hf
 from dreamer_jax.convert.model import build, named_arrays
 from dreamer_jax.convert.safetensors import (
     CONFIG,
@@ -31,14 +33,16 @@ from dreamer_jax.training.checkpoint import load_model, save_model
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert a checkpoint to safetensors (--checkpoint, --to) or safetensors to a checkpoint (--from, --source)."""
+    """Convert a checkpoint (--checkpoint, --to) to safetensors or for transformers, or safetensors to a checkpoint
+    (--from, --source)."""
 
     out: Path
     """Folder to write."""
     checkpoint: Path | None = None
     """Folder of a run, or of one of its checkpoints."""
-    to: Literal["safetensors"] | None = None
-    """Format of the export: model.safetensors, config.json and the tokenizer."""
+    to: Literal["safetensors", "hf"] | None = None
+    """Format of the export. safetensors: model.safetensors, config.json and the tokenizer. hf: a folder that
+    transformers loads (docs/transformers.md)."""
     merged: bool = False
     """Export W_e + W_shared as the attention experts (Eq. 8): smaller, for inference."""
     source: Path | None = None
@@ -58,10 +62,13 @@ def run(arguments: Arguments) -> int:
     """Convert in the direction that the arguments give."""
     out = arguments.out.expanduser()
     if arguments.to and arguments.checkpoint and not (arguments.from_ or arguments.source):
-        return export(arguments.checkpoint.expanduser(), out, merged=arguments.merged)
+        write = export if arguments.to == "safetensors" else export_to_transformers
+        return write(arguments.checkpoint.expanduser(), out, merged=arguments.merged)
     if arguments.from_ and arguments.source and not (arguments.to or arguments.checkpoint or arguments.merged):
         return restore(arguments.source.expanduser(), out)
-    raise ConfigError(f"these arguments do not go together; use one of\n{(__doc__ or '').split('back.')[1].strip()}")
+    raise ConfigError(
+        f"these arguments do not go together; use one of\n{(__doc__ or '').split('transformers.')[1].strip()}"
+    )
 
 
 def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
@@ -83,6 +90,18 @@ def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
     beside = "config" if loaded.tokenizer_path is None else "config, tokenizer"
     print(f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers), {beside}")
     print(f"next: python -m dreamer_jax.convert --from safetensors --source {out} --out RUN")
+    return 0
+
+
+def export_to_transformers(checkpoint: Path, out: Path, *, merged: bool) -> int:
+    """Write a folder that AutoModelForCausalLM loads."""
+    _check_out(out)
+    loaded = load_model(checkpoint)
+    model = loaded.model.merged() if merged else loaded.model
+    arrays, form = named_arrays(model), "merged" if model.is_merged else "original"
+    count = export_hf(loaded.config, arrays, loaded.tokenizer_path, out, merged=model.is_merged, step=loaded.step)
+    print(f"wrote {out}: {count:,} numbers of step {loaded.step} ({form}), for transformers 5.19 and newer")
+    print(f"next: AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)")
     return 0
 
 

@@ -1,6 +1,7 @@
 """`python -m dreamer_jax.convert`, there and back through a checkpoint."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -59,6 +60,17 @@ def test_a_merged_export_has_no_shared_experts_and_can_come_back(run, tmp_path, 
     restored = convert.named_arrays(load_model(back).model)
     np.testing.assert_array_equal(restored["layer.sa.w_qkv"], arrays["layer.sa.w_qkv"])
     assert not np.asarray(restored["layer.sa.w_qkv_shared"]).any()
+
+
+def test_an_export_for_transformers_has_all_that_it_loads_and_no_second_one_takes_its_place(run, tmp_path, capsys):
+    given = ["--checkpoint", str(run), "--to", "hf", "--merged", "--out", str(tmp_path / "hf")]
+    assert main(given) == 0
+    assert "numbers of step 0 (merged), for transformers 5.19 and newer" in capsys.readouterr().out
+    names = {"config.json", "generation_config.json", "model.safetensors", "modeling_dreamer.py", "tokenizer.json"}
+    assert names <= {path.name for path in (tmp_path / "hf").iterdir()}
+    assert json.loads((tmp_path / "hf/config.json").read_text())["merged"] is True
+    assert main(given) == 1
+    assert "is not empty; choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""A trained model as a folder that transformers loads: weights, config, code, tokenizer and model card."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dreamer_jax.config import Config, ModelConfig
+from dreamer_jax.convert.hf.card import model_card
+from dreamer_jax.convert.hf.tokenizer import exported
+from dreamer_jax.convert.hf.weights import SHARD, Dtype, write_weights
+from dreamer_jax.errors import DreamerError
+from dreamer_jax.files import umask
+
+CODE = Path(__file__).parent / "exported"
+"""The configuration and the model for transformers."""
+PACKAGE = "from dreamer_jax.convert.hf.exported."
+"""How these files import each other here; in the exported folder they stand alone, beside each other."""
+KNOWN = ("sa", "da", "ea")
+"""Dimensions that the exported code computes."""
+
+
+class ExportError(DreamerError, ValueError):
+    """A model or a folder that cannot be exported to or as is."""
+
+
+def export_hf(
+    config: Config,
+    arrays: Mapping[str, Any],
+    tokenizer_path: Path | None,
+    out: Path,
+    *,
+    merged: bool,
+    dtype: Dtype = "float32",
+    step: int | None = None,
+    shard: int = SHARD,
+    wrote: Callable[[int], object] = lambda size: None,
+) -> int:
+    """Write a folder for AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True), whole or not at all.
+
+    Args:
+        config: of the run.
+        arrays: by exchange names; each is fetched when its turn comes.
+        tokenizer_path: the run's tokenizer; None leaves it out.
+        out: the folder; it must be absent or empty.
+        merged: whether the arrays are merged (Eq. 8).
+        dtype: of the weights; router biases are float32 in either case.
+        step: of the checkpoint, for the model card.
+        shard: bytes of weights in one file.
+        wrote: is told the bytes of each piece of weights that has been written.
+
+    Returns:
+        How many numbers there are.
+
+    Raises:
+        ExportError: the exported code does not compute this model, or the folder is not empty.
+        TokenizerError: the tokenizer cannot be converted so that ids are equal.
+        WeightError: a missing, extra or misshapen array, or one with numbers that are not finite, named.
+    """
+    check_model(config.model)
+    with unfinished(out) as draft:
+        ends: dict[str, int] = {}
+        if tokenizer_path is not None:
+            templates = config.data.prompt_template, config.data.response_template
+            tokenizer = exported(tokenizer_path, config.data.special_tokens, *templates, config.data.context)
+            ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+            for name, text in tokenizer.files.items():
+                (draft / name).write_text(text, encoding="utf-8")
+        for source in sorted(CODE.glob("*.py")):
+            text = source.read_text(encoding="utf-8")
+            (draft / source.name).write_text(text.replace(PACKAGE, "from ."), encoding="utf-8")
+        fields = config_fields(config.model, config.data.context, merged=merged) | {"dtype": dtype} | ends
+        _write_json(draft / "config.json", fields)
+        _write_json(draft / "generation_config.json", {"do_sample": False, **ends})
+        numbers = write_weights(draft, config.model, arrays, merged=merged, dtype=dtype, shard=shard, wrote=wrote)
+        (draft / "README.md").write_text(model_card(config, numbers, step=step, merged=merged), encoding="utf-8")
+    return numbers
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ExportError unless the exported code computes this model."""
+    more = [name for name in model.dimensions if name not in KNOWN]
+    if more:
+        raise ExportError(
+            f"--to hf knows the dimensions {', '.join(KNOWN)}, not {', '.join(more)}; use --to safetensors"
+        )
+    if "sa" not in model.dimensions:
+        raise ExportError("--to hf exports language models, which have sa in model.mixture; use --to safetensors")
+    if "da" in model.dimensions and model.da.form != "softmax":
+        raise ExportError(f"--to hf does not know model.da.form = '{model.da.form}'; use --to safetensors")
+
+
+@contextlib.contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end; an error or an interruption leaves no `out`.
+
+    Raises:
+        ExportError: something is there already.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ExportError(f"--out '{out}' is a file or a link; give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise ExportError(f"--out '{out}' is not empty; choose another --out, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
+    try:
+        yield draft
+        for file in draft.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        draft.chmod(0o777 & ~umask())
+        os.replace(draft, out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def config_fields(model: ModelConfig, context: int, *, merged: bool) -> dict[str, Any]:
+    """config.json: the model's shape by transformers' names."""
+    return {
+        "model_type": "dreamer",
+        "architectures": ["DreamerForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_dreamer.DreamerConfig",
+            "AutoModel": "modeling_dreamer.DreamerModel",
+            "AutoModelForCausalLM": "modeling_dreamer.DreamerForCausalLM",
+        },
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "trained_depth": model.depth,
+        "depth_recurrent": model.depth_recurrent,
+        "merged": merged,
+        "mixture": list(model.mixture),
+        "num_attention_heads": model.sa.query_heads,
+        "num_key_value_heads": model.sa.kv_heads,
+        "head_dim": model.sa.head_size,
+        "rope_theta": model.sa.rope_base,
+        "depth_attention_heads": model.da.query_heads,
+        "depth_key_value_heads": model.da.kv_heads,
+        "depth_head_dim": model.da.head_size,
+        "depth_window": model.da.window,
+        "depth_dilation": model.da.dilation,
+        "depth_rope_theta": model.depth_rope_base,
+        "depth_rope_scaling": model.depth_rope_scaling,
+        "router_size": model.router.size,
+        "num_attention_experts": model.linear_experts,
+        "num_experts": model.ea.experts,
+        "num_experts_per_tok": model.ea.active_experts,
+        "moe_intermediate_size": model.ea.expert_width,
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_epsilon,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+    }
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
