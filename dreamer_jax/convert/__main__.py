@@ -1,20 +1,21 @@
-"""Checkpoints to the exchange format and back, and to transformers.
+"""Checkpoints to the exchange format or to transformers, and back.
 
 python -m dreamer_jax.convert --checkpoint RUN --to safetensors --out DIR [--merged]
 python -m dreamer_jax.convert --checkpoint RUN --to hf --out DIR [--merged]
 python -m dreamer_jax.convert --from safetensors --source DIR --out RUN
+python -m dreamer_jax.convert --from hf --source DIR --out RUN
 """
 
 import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from dreamer_jax.config import Config, ConfigError, ModelConfig, readable_path, to_json
-from dreamer_jax.convert.hf import export_hf
+from dreamer_jax.convert.hf import export_hf, load_hf
 from dreamer_jax.convert.model import build, named_arrays
 from dreamer_jax.convert.safetensors import (
     CONFIG,
@@ -33,8 +34,8 @@ from dreamer_jax.training.checkpoint import load_model, save_model
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert a checkpoint (--checkpoint, --to) to safetensors or for transformers, or safetensors to a checkpoint
-    (--from, --source)."""
+    """Convert a checkpoint (--checkpoint, --to) to safetensors or for transformers, or either to a checkpoint (--from,
+    --source)."""
 
     out: Path
     """Folder to write."""
@@ -46,8 +47,8 @@ class Arguments:
     merged: bool = False
     """Export W_e + W_shared as the attention experts (Eq. 8): smaller, for inference."""
     source: Path | None = None
-    """Folder of an export."""
-    from_: Annotated[Literal["safetensors"] | None, tyro.conf.arg(name="from")] = None
+    """Folder of an export, or of the model that save_pretrained wrote after fine-tuning one."""
+    from_: Annotated[Literal["safetensors", "hf"] | None, tyro.conf.arg(name="from")] = None
     """Format of the export."""
 
 
@@ -65,10 +66,9 @@ def run(arguments: Arguments) -> int:
         write = export if arguments.to == "safetensors" else export_to_transformers
         return write(arguments.checkpoint.expanduser(), out, merged=arguments.merged)
     if arguments.from_ and arguments.source and not (arguments.to or arguments.checkpoint or arguments.merged):
-        return restore(arguments.source.expanduser(), out)
-    raise ConfigError(
-        f"these arguments do not go together; use one of\n{(__doc__ or '').split('transformers.')[1].strip()}"
-    )
+        read = restore if arguments.from_ == "safetensors" else restore_from_transformers
+        return read(arguments.source.expanduser(), out)
+    raise ConfigError(f"these arguments do not go together; use one of\n{(__doc__ or '').split('back.')[1].strip()}")
 
 
 def export(checkpoint: Path, out: Path, *, merged: bool) -> int:
@@ -131,21 +131,45 @@ def _check_earlier(out: Path, config: Config) -> None:
 
 def restore(source: Path, out: Path) -> int:
     """Write a run folder whose first checkpoint, at step 0, has an export's weights."""
+    _check_new_run(out, source)
+    model, arrays, merged = load_safetensors(source)
+    return _write_run(out, config_of_run(source, model), arrays, find_tokenizer(source), merged=merged)
+
+
+def restore_from_transformers(source: Path, out: Path) -> int:
+    """Write a run folder whose first checkpoint, at step 0, has the weights of a folder for transformers."""
+    _check_new_run(out, source)
+    found = load_hf(source)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    config = found.config
+    if found.tokenizer is not None:  # training must prepare its data with this one
+        path = str(out / "tokenizer" / found.tokenizer.name)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
+    return _write_run(out, config, found.arrays, found.tokenizer, merged=found.merged)
+
+
+def _check_new_run(out: Path, source: Path) -> None:
+    """Raise ConfigError unless a run folder may be written there."""
     readable_path(out, "--out")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out '{out}' is a file; give a folder")
-    config, arrays, merged = load_safetensors(source)
-    tokenizer = find_tokenizer(source)
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"--out '{out}' is --source, too; choose another --out")
+
+
+def _write_run(out: Path, config: Config, arrays: dict[str, Any], tokenizer: Path | None, *, merged: bool) -> int:
     if tokenizer is None:
         print("note: the export has no tokenizer; train will put the one of its data there", file=sys.stderr)
     if merged:
         print("note: merged weights compute the same with shared experts of zero, which they get", file=sys.stderr)
-        arrays = unmerged(config, arrays)
-    run_config = dataclasses.replace(config_of_run(source, config), name=out.name, out=str(out.parent))
+        arrays = unmerged(config.model, arrays)
+    run_config = dataclasses.replace(config, name=out.name, out=str(out.parent))
     if tokenizer is not None:
         load_tokenizer(tokenizer, run_config.data.special_tokens)  # a damaged one is refused now
-    save_model(out, run_config, build(config, arrays), tokenizer)
+    save_model(out, run_config, build(run_config.model, arrays), tokenizer)
     print(f"wrote {out}: checkpoint 0 with {len(arrays)} arrays, config.json{', tokenizer' if tokenizer else ''}")
+    print("the optimizer's state is new: an export has none")
     print(f'next: python -m dreamer_jax.generate --checkpoint {out} --prompt "..."')
     return 0
 

@@ -11,7 +11,9 @@ from dreamer_jax.config import Config, DataConfig, to_json
 from dreamer_jax.convert.__main__ import main
 from dreamer_jax.data.tokenizer import train_sentencepiece
 from dreamer_jax.training.checkpoint import load_model, save_model
-from tests.convert.test_safetensors import example
+from tests import oracle
+from tests.convert.hf.exports import float32
+from tests.models import changed, sizes_of, small
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(train_sentencepiece(["What is 12 plus 30? It is 42."] * 4, 300))
-    model, arrays = example()
+    model = changed(small("DR+DA"), vocab=300)
+    arrays = float32(oracle.random_weights(sizes_of(model), seed=2))
     config = Config(name="run", out=str(folder), model=model, data=DataConfig(context=99, prompt_template="Q: {text}"))
     save_model(folder / "run", config, convert.build(model, arrays), tokenizer)
     return folder / "run"
@@ -73,10 +76,30 @@ def test_an_export_for_transformers_has_all_that_it_loads_and_no_second_one_take
     assert "is not empty; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_went_out_for_transformers_becomes_the_same_checkpoint(merged, run, tmp_path, capsys):
+    out, back = tmp_path / "hf", tmp_path / "back"
+    assert main(["--checkpoint", str(run), "--to", "hf", *["--merged"] * merged, "--out", str(out)]) == 0
+    assert main(["--from", "hf", "--source", str(out), "--out", str(back)]) == 0
+    printed = capsys.readouterr()
+    assert "the optimizer's state is new" in printed.out
+    assert ("shared experts of zero" in printed.err) == merged
+    original, restored = load_model(run), load_model(back)
+    data = dataclasses.replace(original.config.data, tokenizer=str(back / "tokenizer/tokenizer.json"))
+    assert restored.config == dataclasses.replace(original.config, name="back", out=str(tmp_path), data=data)
+    assert restored.tokenizer_path.read_bytes() == (out / "tokenizer.json").read_bytes()
+    expected = convert.named_arrays(original.model.merged() if merged else original.model)
+    actual = convert.named_arrays(restored.model)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--out", "OUT"], "do not go together"),
+        (["--source", "NOWHERE", "--from", "hf", "--out", "OUT"], "has no config.json: give a folder that --to hf"),
+        (["--source", "OUT", "--from", "hf", "--out", "OUT"], "is --source, too; choose another --out"),
         (["--checkpoint", "RUN", "--from", "safetensors", "--out", "OUT"], "--from safetensors --source DIR"),
         (["--source", "OUT", "--from", "safetensors", "--merged", "--out", "OUT"], "do not go together"),
         (["--checkpoint", "NOWHERE", "--to", "safetensors", "--out", "OUT"], "is not a run folder"),

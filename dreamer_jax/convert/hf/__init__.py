@@ -1,5 +1,6 @@
-"""A model as a folder that Hugging Face transformers loads; written without PyTorch."""
+"""A model as a folder that Hugging Face transformers loads, and back; without PyTorch."""
 
 from dreamer_jax.convert.hf.export import ExportError, export_hf
+from dreamer_jax.convert.hf.source import Source, SourceError, load_hf
 
-__all__ = ["ExportError", "export_hf"]
+__all__ = ["ExportError", "Source", "SourceError", "export_hf", "load_hf"]

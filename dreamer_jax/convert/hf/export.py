@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import operator
 import os
 import shutil
 import tempfile
@@ -9,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamer_jax.config import Config, ModelConfig
+from dreamer_jax.config import Config, ModelConfig, to_json
 from dreamer_jax.convert.hf.card import model_card
 from dreamer_jax.convert.hf.tokenizer import exported
 from dreamer_jax.convert.hf.weights import SHARD, Dtype, write_weights
+from dreamer_jax.convert.safetensors import RUN_CONFIG
 from dreamer_jax.errors import DreamerError
 from dreamer_jax.files import umask
 
@@ -22,6 +24,34 @@ PACKAGE = "from dreamer_jax.convert.hf.exported."
 """How these files import each other here; in the exported folder they stand alone, beside each other."""
 KNOWN = ("sa", "da", "ea")
 """Dimensions that the exported code computes."""
+MODEL_TYPE = "dreamer"
+SHAPE = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "trained_depth": "depth",
+    "depth_recurrent": "depth_recurrent",
+    "mixture": "mixture",
+    "num_attention_heads": "sa.query_heads",
+    "num_key_value_heads": "sa.kv_heads",
+    "head_dim": "sa.head_size",
+    "rope_theta": "sa.rope_base",
+    "depth_attention_heads": "da.query_heads",
+    "depth_key_value_heads": "da.kv_heads",
+    "depth_head_dim": "da.head_size",
+    "depth_window": "da.window",
+    "depth_dilation": "da.dilation",
+    "depth_rope_theta": "depth_rope_base",
+    "depth_rope_scaling": "depth_rope_scaling",
+    "router_size": "router.size",
+    "num_attention_experts": "linear_experts",
+    "num_experts": "ea.experts",
+    "num_experts_per_tok": "ea.active_experts",
+    "moe_intermediate_size": "ea.expert_width",
+    "rms_norm_eps": "norm_epsilon",
+}
+"""The model's shape: by transformers' names, where it stands in our config."""
+FIXED = {"norm_topk_prob": True, "hidden_act": "silu"}
+"""What every Dreamer model has, by names that transformers looks for."""
 
 
 class ExportError(DreamerError, ValueError):
@@ -76,6 +106,7 @@ def export_hf(
         fields = config_fields(config.model, config.data.context, merged=merged) | {"dtype": dtype} | ends
         _write_json(draft / "config.json", fields)
         _write_json(draft / "generation_config.json", {"do_sample": False, **ends})
+        (draft / RUN_CONFIG).write_text(to_json(config), encoding="utf-8")  # for the way back
         numbers = write_weights(draft, config.model, arrays, merged=merged, dtype=dtype, shard=shard, wrote=wrote)
         (draft / "README.md").write_text(model_card(config, numbers, step=step, merged=merged), encoding="utf-8")
     return numbers
@@ -121,40 +152,20 @@ def unfinished(out: Path) -> Iterator[Path]:
 
 def config_fields(model: ModelConfig, context: int, *, merged: bool) -> dict[str, Any]:
     """config.json: the model's shape by transformers' names."""
+    shape = {name: operator.attrgetter(place)(model) for name, place in SHAPE.items()}
     return {
-        "model_type": "dreamer",
+        "model_type": MODEL_TYPE,
         "architectures": ["DreamerForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_dreamer.DreamerConfig",
             "AutoModel": "modeling_dreamer.DreamerModel",
             "AutoModelForCausalLM": "modeling_dreamer.DreamerForCausalLM",
         },
-        "vocab_size": model.vocab,
-        "hidden_size": model.width,
-        "num_hidden_layers": model.depth,
-        "trained_depth": model.depth,
-        "depth_recurrent": model.depth_recurrent,
-        "merged": merged,
+        **shape,
         "mixture": list(model.mixture),
-        "num_attention_heads": model.sa.query_heads,
-        "num_key_value_heads": model.sa.kv_heads,
-        "head_dim": model.sa.head_size,
-        "rope_theta": model.sa.rope_base,
-        "depth_attention_heads": model.da.query_heads,
-        "depth_key_value_heads": model.da.kv_heads,
-        "depth_head_dim": model.da.head_size,
-        "depth_window": model.da.window,
-        "depth_dilation": model.da.dilation,
-        "depth_rope_theta": model.depth_rope_base,
-        "depth_rope_scaling": model.depth_rope_scaling,
-        "router_size": model.router.size,
-        "num_attention_experts": model.linear_experts,
-        "num_experts": model.ea.experts,
-        "num_experts_per_tok": model.ea.active_experts,
-        "moe_intermediate_size": model.ea.expert_width,
-        "norm_topk_prob": True,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_epsilon,
+        "num_hidden_layers": model.depth,
+        "merged": merged,
+        **FIXED,
         "max_position_embeddings": context,
         "tie_word_embeddings": False,
     }

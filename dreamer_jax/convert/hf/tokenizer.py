@@ -1,6 +1,7 @@
 """The run's tokenizer as transformers reads it: a tokenizer.json as it is, a SentencePiece model turned into one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,15 +91,24 @@ def exported(path: Path, special_tokens: tuple[str, ...], prompt: str, response:
 
 def check_ids(converted: tokenizers.Tokenizer, original: Tokenizer, path: Path, texts: tuple[str, ...]) -> None:
     """Raise TokenizerError for a text of which the two make different ids."""
+    different = difference(converted, original, texts)
+    if different is not None:
+        text, expected, actual = different
+        raise TokenizerError(
+            f"tokenizer '{path}' cannot be converted: of {text!r} it makes {expected[:12]}, and tokenizer.json "
+            f"{actual[:12]}; give the run's tokenizer as a tokenizer.json"
+        )
+
+
+def difference(
+    converted: tokenizers.Tokenizer, original: Tokenizer, texts: tuple[str, ...]
+) -> tuple[str, list[int], list[int]] | None:
+    """The first text of which the two make different ids, and these: the original's, the other's."""
     converted.encode_special_tokens = True  # as the original reads special tokens that are spelt out
-    for text in texts:
-        expected, actual = original.encode(text), converted.encode(text, add_special_tokens=False).ids
-        if actual != expected:
-            raise TokenizerError(
-                f"tokenizer '{path}' cannot be converted: of {text!r} it makes {expected[:12]}, and tokenizer.json "
-                f"{actual[:12]}; give the run's tokenizer as a tokenizer.json"
-            )
+    every = ((text, original.encode(text), converted.encode(text, add_special_tokens=False).ids) for text in texts)
+    found = next((one for one in every if one[1] != one[2]), None)
     converted.encode_special_tokens = False
+    return found
 
 
 def _without_mark(content: bytes) -> bytes:
@@ -191,6 +201,19 @@ def chat_template(prompt: str, response: str) -> str:
         "{% elif message['role'] == 'assistant' %}{{ " + lead + " + message['content'] + " + trail + " + eos_token }}"
         "{% else %}{{ raise_exception('this model knows the roles user and assistant') }}{% endif %}{% endfor %}"
     )
+
+
+def templates_of(chat: str) -> tuple[str, str] | None:
+    """The texts around a question and an answer, {text} in each; None if `chat_template` did not write this."""
+    parts = [f"part {n}" for n in range(4)]
+    pattern = re.escape(chat_template(*("{text}".join(pair) for pair in (parts[:2], parts[2:]))))
+    for part in parts:
+        pattern = pattern.replace(re.escape(_quoted(part)), r'("(?:[^"\\]|\\.)*")')
+    found = re.fullmatch(pattern, chat.strip())
+    if found is None:
+        return None
+    before, after, lead, trail = (json.loads(quoted) for quoted in found.groups())
+    return f"{before}{{text}}{after}", f"{lead}{{text}}{trail}"
 
 
 def _quoted(text: str) -> str:

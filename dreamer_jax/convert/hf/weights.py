@@ -1,4 +1,4 @@
-"""The exported model's weights: their names and layout in transformers, and safetensors files written as a stream.
+"""The exported model's weights: their names and layout in transformers, safetensors files of them, and the way back.
 
 transformers applies a matrix as x @ W.T, so each one is turned; the gate and up projections of an expert lie in one.
 """
@@ -176,7 +176,34 @@ def _pieces(target: Target, arrays: Mapping[str, Any]) -> Iterator[np.ndarray]:
     for expert in [...] if experts is None else range(experts):
         parts = [source[expert] for source in sources]
         for name, part in zip(target.sources, parts, strict=True):
-            if not np.isfinite(part).all():
-                raise WeightError(f"{name} has numbers that are not finite (nan or inf): these weights are of no use")
+            _check_finite(name, part)
         whole = np.concatenate([part.T if target.turned else part for part in parts])
         yield np.ascontiguousarray(whole, DTYPES[target.dtype][1]).reshape(-1).view(np.uint8)
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise WeightError(f"{name} has numbers that are not finite (nan or inf): these weights are of no use")
+
+
+def exchanged(config: ModelConfig, tensors: Mapping[str, np.ndarray], *, merged: bool) -> dict[str, np.ndarray]:
+    """The exported model's tensors as arrays by exchange names, in float32.
+
+    Args:
+        config: of the model.
+        tensors: by their names in transformers, of any floating-point type.
+        merged: whether they are merged (Eq. 8).
+
+    Raises:
+        WeightError: a missing, extra or misshapen tensor, or one with numbers that are not finite, named.
+    """
+    every = targets(config, "float32", merged=merged)
+    check_names(tensors, {target.name: target.shape for target in every})
+    arrays: dict[str, np.ndarray] = {}
+    for target in every:
+        tensor = tensors[target.name]
+        _check_finite(target.name, tensor)
+        rows = tensor.swapaxes(-1, -2) if target.turned else tensor
+        parts = np.split(rows, len(target.sources), axis=-1)
+        arrays |= {name: np.array(part, np.float32) for name, part in zip(target.sources, parts, strict=True)}
+    return arrays

@@ -102,6 +102,7 @@ def test_the_folder_holds_what_transformers_looks_for(tmp_path):
         "generation_config.json",
         "model.safetensors",
         "modeling_dreamer.py",
+        "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
