@@ -9,6 +9,7 @@ known by its rank, which is also its claim to be kept: the lowest rank of equals
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from daft import functions as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+BUCKET_BITS = 12
+"""Of a key of near duplicates: there can be so many passes over the buckets."""
 RANK_BITS = 40
 """Bits of a rank that number the rows of one priority: a million million of them."""
 
@@ -138,11 +141,14 @@ def near_duplicates(
 def band_keys(rows: DataFrame, rule: Rule) -> DataFrame:
     """The keys of canonical rows, one for each band: near duplicates share at least one, other rows none, mostly.
 
-    What must agree exactly is part of a key. So the many rows of one template with other numbers never meet.
+    What must agree exactly is part of a key. So the many rows of one template with other numbers never meet. The
+    highest bits of a key are its bucket: of files that are sorted by bucket, a pass reads its part alone.
     """
     hashes = F.minhash(_text(), num_hashes=rule.bands * rule.rows, ngram_size=rule.shingle)
     bands = rows.where("pair is not null").select("rank", F.chunk(hashes, rule.rows).alias("band"), *_exact())
-    return bands.explode("band").select("rank", F.hash(col("band"), col("figures"), col("numbers")).alias("key"))
+    keyed = bands.explode("band").select("rank", F.hash(col("band"), col("figures"), col("numbers")).alias("key"))
+    bucket = F.shift_right(col("key"), lit(np.uint64(64 - BUCKET_BITS)))
+    return keyed.with_column("bucket", bucket.cast(daft.DataType.int32()))
 
 
 def _text() -> Expression:
@@ -167,7 +173,10 @@ def candidates(keys: DataFrame, passes: int = 1) -> DataFrame:
 
     Their number grows with that of the rows only, however many rows share a key.
     """
-    return _in_passes(keys, passes, lambda part: _later_of_equals(part).distinct()).distinct()
+    bounds = [part * 2**BUCKET_BITS // passes for part in range(passes + 1)]
+    parts = (keys.where(f"bucket >= {first} and bucket < {end}") for first, end in itertools.pairwise(bounds))
+    found = [_later_of_equals(part.select("rank", "key")).distinct().collect() for part in parts]
+    return functools.reduce(DataFrame.concat, found).distinct()
 
 
 def _in_passes(keys: DataFrame, passes: int, find: Callable[[DataFrame], DataFrame]) -> DataFrame:

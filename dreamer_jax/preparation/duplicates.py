@@ -46,6 +46,8 @@ BEYOND_CAP = "dropped: beyond the cap of its source"
 HELD_OUT_ELSEWHERE = "dropped: its question is held out in another source"
 HELD_OUT = pa.schema([("key", pa.uint64())])
 """Keys of questions, in ascending order."""
+ROW_GROUP = 1 << 16
+"""Rows of a file that are read or left out together."""
 CAP_BITS = 16
 """Of the draws of a source with a cap, by which they are counted: the cap is met to one row in so many of them."""
 
@@ -60,7 +62,8 @@ def key_shard(draft: Path, shard: Path, rule: dedup.Rule) -> Done:
     count = _save(canonical, draft / "canonical.parquet")
     if not np.array_equal(_column(shard, "rank"), _column(draft / "canonical.parquet", "rank")):
         raise RuntimeError(f"'{shard}' has other rows than its canonical form")
-    _save(dedup.band_keys(daft.read_parquet(str(draft / "canonical.parquet")), rule), draft / "bands.parquet")
+    bands = dedup.band_keys(daft.read_parquet(str(draft / "canonical.parquet")), rule)
+    _save(bands, draft / "bands.parquet", by="key")  # hence by bucket, of which a pass reads some
     return Counter({"in": count, "out": count}), {}
 
 
@@ -68,11 +71,11 @@ def _column(path: Path, name: str) -> np.ndarray:
     return pq.read_table(path, columns=[name])[name].to_numpy()
 
 
-def _save(frame: DataFrame, path: Path) -> int:
-    """Write a frame in the order of its ranks; the number of its rows."""
+def _save(frame: DataFrame, path: Path, by: str = "rank") -> int:
+    """Write a frame in the order of a column; the number of its rows."""
     table = frame.to_arrow()
-    order = np.argsort(table["rank"].to_numpy(), kind="stable")
-    pq.write_table(table.take(order), path, compression="zstd")
+    order = np.lexsort([table["rank"].to_numpy(), table[by].to_numpy()])
+    pq.write_table(table.take(order), path, compression="zstd", row_group_size=ROW_GROUP)
     return table.num_rows
 
 
@@ -99,7 +102,7 @@ def find(
     """
     rule = dedup.Rule(threshold=settings["threshold"])
     keys = sum(pq.read_metadata(path).num_rows for path in (bands if kind == "near" else canonical))
-    passes = max(1, -(-keys // settings["keys_at_once"]))
+    passes = min(max(1, -(-keys // settings["keys_at_once"])), 2**dedup.BUCKET_BITS)
     left = _without(_frame(canonical), before)
     if kind == "exact":
         found = dedup.exact_duplicates(left, passes)

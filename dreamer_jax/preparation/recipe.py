@@ -137,8 +137,9 @@ class DuplicatesConfig:
     """Least similarity of near duplicates: of their sets of runs of three words, Jaccard's."""
     answers: Count = 32
     """Most answers to one question, over all sources."""
-    keys_at_once: Count = 8_000_000
-    """Keys that are matched in one pass, of some 75 bytes of memory each. More passes give the same result."""
+    keys_at_once: Count = 2_000_000
+    """Keys that are matched in one pass, of some 75 bytes of memory each; a row has one, for near duplicates 16. More
+    passes give the same result, but each reads all ranks and keys of exact duplicates, so give much for many rows."""
     pairs_at_once: Count = 200_000
     """Pairs of rows whose texts are compared in one pass."""
 

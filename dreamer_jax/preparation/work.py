@@ -12,7 +12,7 @@ VERSIONS = {
     "read": 2,
     "strip": 1,
     "clean": 1,
-    "keys": 1,
+    "keys": 2,
     "duplicates": 1,
     "choose": 1,
     "unique": 1,
