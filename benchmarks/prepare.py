@@ -12,7 +12,6 @@ runs.
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import multiprocessing
 import resource
@@ -33,7 +32,8 @@ from daft import functions as F
 
 from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import load_tokenizer
-from dreamer_jax.preparation import dedup, duplicates, pipeline, work
+from dreamer_jax.preparation import dedup, duplicates
+from dreamer_jax.preparation.pipeline import prepare
 from dreamer_jax.preparation.recipe import DuplicatesConfig, Recipe
 from dreamer_jax.preparation.stage import Executor, Record, Task, perform, rows
 
@@ -85,6 +85,10 @@ COSTS: dict[str, list[Cost]] = defaultdict(list)
 class Measuring(Executor):
     """An executor whose stages each run in one new process."""
 
+    def here(self) -> Executor:
+        """The same: what compares all shards is measured, too."""
+        return self
+
     def _results(self, folder: Path, tasks: Sequence[Task]) -> Iterator[tuple[str, Record]]:
         cost = alone(perform_all, folder, tasks)
         name = tasks[0].stage if len(tasks) > 1 else f"{tasks[0].stage}, {tasks[0].name}"
@@ -98,13 +102,7 @@ def perform_all(folder: Path, tasks: Sequence[Task]) -> list[tuple[str, Record]]
 
 def measure_stages(recipe: Recipe) -> None:
     """Prepare, and print a line for each stage."""
-
-    @contextlib.contextmanager
-    def executing(engine: str, workers: int) -> Iterator[Executor]:
-        yield Measuring(engine, 1)
-
-    pipeline.executing, work.Executor = executing, Measuring  # type: ignore[misc, assignment]
-    out = pipeline.prepare(recipe)
+    out = prepare(recipe, Measuring("local", 1))
     print("| stage | rows | rows/s a core | tokens/s a core | peak memory, MB (imports) |")
     print("|---|---|---|---|---|")
     [documents, *_] = COSTS["documents"]

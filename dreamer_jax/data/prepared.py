@@ -124,7 +124,7 @@ def write_shard(
     np.save(_fresh(folder / f"{stem}.unigrams.npy"), tally.unigrams())
     suffixes = (dataset.RECORDS, ".lengths.npy", ".unigrams.npy")
     report = ShardReport(stem, 0, len(lengths), int(lengths.sum(dtype=np.int64)), 0, 0, 0, {})
-    report.files.update({suffix: _fingerprint(folder / f"{stem}{suffix}") for suffix in suffixes})
+    report.files.update({suffix: fingerprint(folder / f"{stem}{suffix}") for suffix in suffixes})
     return _packed(folder, report, lengths, context)
 
 
@@ -136,7 +136,7 @@ def repack(folder: Path, report: ShardReport, context: int) -> ShardReport:
         DataError: the file of lengths is not the one that was written.
     """
     path = folder / f"{report.stem}.lengths.npy"
-    if _fingerprint(path) != report.files[".lengths.npy"]:
+    if fingerprint(path) != report.files[".lengths.npy"]:
         raise DataError(f"'{path}' has changed since it was written; delete it, and tokenize its documents again")
     return _packed(folder, report, np.load(path), context)
 
@@ -151,7 +151,7 @@ def _packed(folder: Path, report: ShardReport, lengths: np.ndarray, context: int
         packed_documents=len(packing.documents),
         packed_tokens=packing.tokens,
         rows=packing.rows,
-        files=report.files | {PACKING: _fingerprint(path)},
+        files=report.files | {PACKING: fingerprint(path)},
     )
 
 
@@ -228,10 +228,7 @@ def assemble(
         DataError: no source has a training document that fits the context.
         OSError: the disk is full, or cannot be written.
     """
-    contexts = {s.report.context for splits in sources.values() for shards in splits.values() for s in shards}
-    if len(contexts) > 1:
-        raise ValueError(f"shards of several contexts, {contexts}: repack them for one")
-    context = max(contexts, default=0)
+    context = _context_of(sources)
     (directory / REPORT).unlink(missing_ok=True)
     files: dict[str, dict[str, Any]] = {tokenizer.save(directory).name: {}}
     parts: dict[str, Any] = {}
@@ -239,7 +236,7 @@ def assemble(
         kept = {split: [shard for shard in splits.get(split, ()) if shard.report.documents] for split in SPLITS}
         parts[name], written = _assemble_source(directory / name, kept, tokenizer, context)
         parts[name] |= {"skipped": {}, "examples": []} | dict((details or {}).get(name, {}))
-        files |= {f"{name}/{file}": fingerprint for file, fingerprint in written.items()}
+        files |= {f"{name}/{file}": known for file, known in written.items()}
     if not any(part["train"]["rows"] for part in parts.values()):
         raise DataError(
             f"no training document is left that fits a row of {context} tokens: give a larger context, or other "
@@ -254,11 +251,19 @@ def assemble(
         "response_template": template.response,
         "weights": {name: float(weights[name]) for name in sources},
         "sources": parts,
-        "files": {name: known or _fingerprint(directory / name) for name, known in sorted(files.items())},
+        "files": {name: known or fingerprint(directory / name) for name, known in sorted(files.items())},
     }
     report["sha256"] = _digest(report)
     write_whole(directory / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+def _context_of(sources: Mapping[str, Mapping[Split, Sequence[Shard]]]) -> int:
+    """The one context that all shards are packed for; 0 of none."""
+    contexts = {s.report.context for splits in sources.values() for shards in splits.values() for s in shards}
+    if len(contexts) > 1:
+        raise ValueError(f"shards of several contexts, {contexts}: repack them for one")
+    return max(contexts, default=0)
 
 
 def _assemble_source(
@@ -341,7 +346,7 @@ def _split_report(shards: Sequence[ShardReport], context: int) -> dict[str, Any]
     }
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
     """By which a file is known again."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 

@@ -138,13 +138,19 @@ class SentencePieceTokenizer:
 
 def _as_control(content: bytes, ids: Iterable[int]) -> bytes:
     """A SentencePiece model in which these entries are control symbols, which no text becomes."""
+    model = sentencepiece_parts(content)
+    for i in ids:
+        model.pieces[i].type = model.SentencePiece.CONTROL
+    return model.SerializeToString()
+
+
+def sentencepiece_parts(content: bytes) -> Any:
+    """A SentencePiece model as its format has it: pieces, normalizer_spec, trainer_spec."""
     from sentencepiece import sentencepiece_model_pb2 as format
 
     model: Any = format.ModelProto()  # type: ignore[attr-defined]  # protobuf makes its classes at import
     model.ParseFromString(content)
-    for i in ids:
-        model.pieces[i].type = model.SentencePiece.CONTROL
-    return model.SerializeToString()
+    return model
 
 
 class JsonTokenizer:

@@ -30,15 +30,16 @@ from dreamer_jax.preparation import benchmarks, documents, duplicates, filters, 
 from dreamer_jax.preparation.fetch import fetch
 from dreamer_jax.preparation.manifest import MANIFEST, write_results
 from dreamer_jax.preparation.recipe import RawSource, Recipe, included
-from dreamer_jax.preparation.stage import (
-    executing,
-    remove_drafts,
-)
+from dreamer_jax.preparation.stage import Executor, executing, remove_drafts
 from dreamer_jax.preparation.work import Work
 
 
-def prepare(recipe: Recipe) -> Path:
+def prepare(recipe: Recipe, executor: Executor | None = None) -> Path:
     """Carry out a recipe, or what is left of it to do; the folder of the result.
+
+    Args:
+        recipe: what to do.
+        executor: what runs the tasks, if not what the recipe says.
 
     Raises:
         DataError: a raw set, a benchmark or a tokenizer that is missing or cannot be read; another preparation that
@@ -52,9 +53,10 @@ def prepare(recipe: Recipe) -> Path:
     _check_late_inputs(recipe)
     folder = out / "work"
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), executing(recipe.work.engine, recipe.work.workers) as executor:
+    chosen = contextlib.nullcontext(executor) if executor else executing(recipe.work.engine, recipe.work.workers)
+    with _alone(folder), chosen as runs:
         remove_drafts(folder)
-        work = Work(recipe, sources, folder, executor, {})
+        work = Work(recipe, sources, folder, runs, {})
         shards = filters.clean(work, filters.strip(work, raw.read(work, groups)))
         training, held_out = duplicates.unique(work, shards)
         training = filters.decontaminate(work, training, held_out)

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dreamer_jax.data.files import DataError
-from dreamer_jax.data.prepared import sha256
+from dreamer_jax.data.prepared import fingerprint
 from dreamer_jax.files import write_whole
 
 ROWS = pa.schema([("rank", pa.int64()), ("prompt", pa.string()), ("response", pa.string())])
@@ -149,7 +149,7 @@ def perform(work: Path, task: Task) -> tuple[str, Record]:
         for made in sorted(Path(draft).iterdir()):
             final = path.with_name(f"{path.stem}.{made.name}")
             if not made.name.startswith("samples"):
-                files[final.name] = {"bytes": made.stat().st_size, "sha256": sha256(made)}
+                files[final.name] = fingerprint(made)
             _on_disk(made)
             os.replace(made, final)
     record = Record(task.key, files, dict(sorted(counts.items())), facts)
@@ -193,6 +193,10 @@ class Executor:
         """See `recipe.WorkConfig`."""
         self.engine, self.workers = engine, workers or (os.cpu_count() or 1)
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def here(self) -> "Executor":
+        """One that runs tasks in this process."""
+        return Executor("local", 1)
 
     def results(self, work: Path, tasks: Sequence[Task]) -> Iterator[tuple[str, Record]]:
         """Name and record of each task, as they come; a bar shows how far it is."""

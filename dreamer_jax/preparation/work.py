@@ -68,7 +68,7 @@ def all_done(work: Work, tasks: Sequence[Task]) -> dict[str, Record]:
 
 def done_here(work: Work, task: Task) -> Record:
     """A task that compares all shards: in this process, from which daft uses all cores, or the Ray cluster."""
-    record = done(work.folder, [task], Executor("local", 1))[task.name]
+    record = done(work.folder, [task], work.executor.here())[task.name]
     work.records.setdefault(task.stage, {})[task.name] = record
     return record
 

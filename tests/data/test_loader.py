@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import os
 import threading
@@ -22,6 +23,7 @@ from dreamer_jax.data.pack import find_row, row_documents
 from dreamer_jax.data.prepared import Prepared
 from dreamer_jax.data.sources import DataError
 from dreamer_jax.data.tokenizer import load_tokenizer
+from dreamer_jax.distributed import becomes_visible
 from tests.data.conftest import sums
 
 
@@ -167,7 +169,8 @@ def test_an_epoch_over_shards_holds_every_document_once_with_few_open(sharded: t
         assert len(documents) == len(set(documents)) == 64
     assert not equal(*epochs)
     assert loader._open_shard.cache_info().misses > 7
-    assert len(open_files(prepared.directory)) <= 4  # two of each shard
+    # Two of each shard. Grain's threads may hold a row for a moment after they were told to end.
+    assert becomes_visible(lambda: gc.collect() >= 0 and len(open_files(prepared.directory)) <= 4)
 
 
 def test_a_shard_is_not_opened_before_it_is_needed(sharded: tuple[Config, Prepared]):

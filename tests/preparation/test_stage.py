@@ -141,13 +141,13 @@ def test_a_task_that_fails_leaves_nothing_under_a_final_name(tmp_path: Path):
 def test_a_task_that_fails_between_its_files_has_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     carry_out(tmp_path, a_task(tmp_path, key="earlier"))
 
-    def killed(path: Path) -> str:
+    def killed(path: Path) -> dict[str, Any]:
         if path.name == "b.parquet":
             raise KeyboardInterrupt
-        return "digest"
+        return {"bytes": path.stat().st_size, "sha256": "digest"}
 
     with monkeypatch.context() as during:
-        during.setattr(stage, "sha256", killed)
+        during.setattr(stage, "fingerprint", killed)
         with pytest.raises(KeyboardInterrupt):
             carry_out(tmp_path, a_task(tmp_path, count=4))
     assert "00000.json" not in visible(tmp_path / "work/read/set")  # nor that of the files before

@@ -4,8 +4,6 @@ import contextlib
 import json
 import operator
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from dreamer_jax.convert.hf.card import model_card
 from dreamer_jax.convert.hf.tokenizer import exported
 from dreamer_jax.convert.hf.weights import SHARD, Dtype, write_weights
 from dreamer_jax.convert.safetensors import RUN_CONFIG
+from dreamer_jax.data.unfinished import unfinished
 from dreamer_jax.errors import DreamerError
-from dreamer_jax.files import umask
 
 CODE = Path(__file__).parent / "exported"
 """The configuration and the model for transformers."""
@@ -92,7 +90,7 @@ def export_hf(
         WeightError: a missing, extra or misshapen array, or one with numbers that are not finite, named.
     """
     check_model(config.model)
-    with unfinished(out) as draft:
+    with appearing(out) as draft:
         ends: dict[str, int] = {}
         if tokenizer_path is not None:
             templates = config.data.prompt_template, config.data.response_template
@@ -126,8 +124,8 @@ def check_model(model: ModelConfig) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end; an error or an interruption leaves no `out`.
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out` at the end; an error or an interruption leaves no `out`.
 
     Raises:
         ExportError: something is there already.
@@ -136,18 +134,12 @@ def unfinished(out: Path) -> Iterator[Path]:
         raise ExportError(f"--out '{out}' is a file or a link; give a folder")
     if out.is_dir() and any(out.iterdir()):
         raise ExportError(f"--out '{out}' is not empty; choose another --out, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
-    try:
+    with unfinished(out) as draft:
         yield draft
         for file in draft.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        draft.chmod(0o777 & ~umask())
         os.replace(draft, out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def config_fields(model: ModelConfig, context: int, *, merged: bool) -> dict[str, Any]:

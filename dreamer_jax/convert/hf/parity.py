@@ -57,8 +57,8 @@ def save_sample(path: Path, tokens: np.ndarray, logits: np.ndarray, experts: Map
         logits: [B, T, V], in float32.
         experts: by kind of attention, the selected ids: [L, B, T] or [L, B, T, A]; negative at depths without it.
     """
-    arrays = {f"{kind}_ids": np.asarray(ids) for kind, ids in experts.items()}
-    np.savez(path, tokens=np.asarray(tokens), logits=np.asarray(logits, np.float32), **arrays)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {f"{kind}_ids": np.asarray(ids) for kind, ids in experts.items()}
+    np.savez(path, tokens=np.asarray(tokens), logits=np.asarray(logits, np.float32), **arrays)
 
 
 def write_parity(folder: Path, sample: Path, limits: Mapping[str, Limits] = LIMITS) -> dict[str, dict[str, float]]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from dreamer_jax.data.files import BOM
-from dreamer_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from dreamer_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, sentencepiece_parts
 from dreamer_jax.errors import DreamerError
 
 SPACE = "▁"
@@ -132,8 +131,7 @@ def _begin_documents(converted: tokenizers.Tokenizer, original: Tokenizer) -> bo
 
 def from_pieces(content: bytes, original: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """A SentencePiece model, BPE or Unigram, as a tokenizer of the tokenizers library."""
-    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made by protobuf at import
-    model.ParseFromString(content)
+    model = sentencepiece_parts(content)
     kinds, spec = model.SentencePiece, model.normalizer_spec
     ends = {original.bos, original.eos}
     is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE

@@ -13,8 +13,8 @@ class DreamerConfig(PretrainedConfig):
     """
 
     model_type = "dreamer"
-    attribute_map = {"depth": "num_hidden_layers"}  # noqa: RUF012 (transformers reads it so)
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    attribute_map = {"depth": "num_hidden_layers"}
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -333,9 +333,9 @@ class DreamerPreTrainedModel(PreTrainedModel):
     config_class = DreamerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DreamerLayer"]  # noqa: RUF012 (transformers reads it so; below, too)
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["router.bias"]  # noqa: RUF012
+    _no_split_modules = ["DreamerLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _keep_in_fp32_modules_strict = ["router.bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
