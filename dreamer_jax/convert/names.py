@@ -5,7 +5,7 @@ stacked along a leading axis and EA's gate and up projections are fused; both ar
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,37 +27,55 @@ def expected_shapes(config: ModelConfig, *, merged: bool = False) -> dict[str, t
     return shapes
 
 
+class Part(NamedTuple):
+    """Where in a model's state the array of an exchange name is."""
+
+    path: tuple[Any, ...]
+    layer: int | None
+    """Of an array that holds those of all layers."""
+    columns: slice | None
+    """Of an array that holds two side by side."""
+
+    def of(self, value: Any) -> Any:
+        """The part of the array at `path`."""
+        value = value if self.layer is None else value[self.layer]
+        return value if self.columns is None else value[..., self.columns]
+
+
+def parts(config: ModelConfig, state: nnx.State) -> dict[str, Part]:
+    """Where the exchange names' arrays are in any part of a model's state, array by array; shapes suffice."""
+    found: dict[str, Part] = {}
+    for path, variable in nnx.to_flat_state(state):
+        for names, layer in _places(config, path, variable):
+            width = variable.get_value().shape[-1] // len(names)
+            for i, name in enumerate(names):
+                columns = slice(i * width, (i + 1) * width) if len(names) > 1 else None
+                found[name] = Part(path, layer if _is_stacked(config, path) else None, columns)
+    return found
+
+
 def to_named(config: ModelConfig, state: nnx.State) -> dict[str, Any]:
     """The arrays of any part of a model's state (parameters, gradients, router biases) by exchange names."""
-    named: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(state):
-        for names, value in _arrays(config, path, variable, variable[...]):
-            parts = jnp.split(jnp.asarray(value), len(names), axis=-1) if len(names) > 1 else [value]
-            named |= dict(zip(names, parts, strict=True))
-    return named
+    values = {path: variable[...] for path, variable in nnx.to_flat_state(state)}
+    return {name: part.of(values[part.path]) for name, part in parts(config, state).items()}
 
 
 def from_named(config: ModelConfig, named: Mapping[str, Any], state: nnx.State) -> nnx.State:
     """The state of a model (shapes suffice), with its arrays taken from `named`, in float32."""
     filled = {}
     for path, variable in nnx.to_flat_state(state):
-        arrays = [_joined([named[name] for name in names]) for names, _ in _arrays(config, path, variable, None)]
+        arrays = [_joined([named[name] for name in names]) for names, _ in _places(config, path, variable)]
         value = jnp.stack(arrays) if _is_stacked(config, path) else arrays[0]
         filled[path] = variable.replace(value)
     return nnx.from_flat_state(filled)
 
 
-def _arrays(
-    config: ModelConfig, path: tuple[Any, ...], variable: nnx.Variable, value: Any
-) -> Iterator[tuple[list[str], Any]]:
-    """The arrays that an array of the model stands for, a layer each: (names side by side, value)."""
+def _places(config: ModelConfig, path: tuple[Any, ...], variable: nnx.Variable) -> Iterator[tuple[list[str], int]]:
+    """The arrays that an array of the model stands for, a layer each: (names side by side, index of the layer)."""
     names = variable.get_metadata()["exchange"]
-    if path[0] != "layer":
-        yield list(names), value
-        return
-    for i, prefix in enumerate(_layers(config, str(path[1]))):
-        own = value[i] if value is not None and _is_stacked(config, path) else value
-        yield [prefix + name for name in names], own
+    prefixes = _layers(config, str(path[1])) if path[0] == "layer" else [""]
+    for i, prefix in enumerate(prefixes):
+        yield [prefix + name for name in names], i
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -9,13 +9,14 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as managers
@@ -37,6 +38,10 @@ Leaves = dict[str, Any]
 
 ITEMS = ("model", "training")
 """What holds arrays."""
+
+
+CHUNK_BYTES = 2**27
+"""Of an array on disk, at most."""
 
 
 class CheckpointError(DreamerError, RuntimeError):
@@ -165,8 +170,8 @@ class Checkpoints:
             **position._asdict(),
         }
         items = {
-            "model": ocp.args.StandardSave(model),
-            "training": ocp.args.StandardSave(training),
+            "model": ocp.args.StandardSave(model, _in_chunks(model)),
+            "training": ocp.args.StandardSave(training, _in_chunks(training)),
             "meta": ocp.args.JsonSave(meta),
         }
         self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
@@ -230,6 +235,19 @@ class Checkpoints:
     def restore_model(self, leaves: Leaves, step: int) -> Leaves:
         """Parameters and router biases alone."""
         return self._checked_leaves("model", leaves, step)
+
+    def check_model(self, leaves: Leaves, step: int) -> None:
+        """Raise CheckpointError unless the model's arrays have these names and shapes."""
+        self._check_shapes({"model": leaves}, step)
+
+    def restore_one(self, name: str, step: int) -> np.ndarray:
+        """One of the model's arrays, in the host's memory."""
+        kind = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        args = ocp.args.PyTreeRestore(item={name: 0}, restore_args=kind, partial_restore=True)
+        folder = self.directory / str(step) / "model"
+        restored: Leaves = self._read(step, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=args))
+        self._refuse(step, damaged(restored, self._checksums(step)))
+        return np.asarray(restored[name])
 
     def config(self, step: int) -> Config:
         """The config that the checkpoint was written with."""
@@ -348,6 +366,11 @@ def _check(where: Path, saved: dict[str, tuple[int, ...]], expected: dict[str, t
         raise CheckpointError(f"{where} does not fit the config:\n  " + "\n  ".join(faults))
 
 
+def _in_chunks(leaves: Leaves) -> dict[str, Any]:
+    """How arrays are stored: whoever reads one does not need twice its room."""
+    return {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves}
+
+
 def _leaves(tree: Any) -> Leaves:
     def name(path: tuple[Any, ...]) -> str:
         return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
@@ -400,12 +423,53 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def load_model(directory: Path, step: int | None = None) -> Loaded:
-    """The model of a run folder, or of one of the checkpoints in it.
+class Saved:
+    """One checkpoint of a run folder, of which no array has been read."""
+
+    def __init__(self, checkpoints: Checkpoints, step: int, tokenizer_path: Path | None):
+        """Read what describes the arrays."""
+        self._checkpoints = checkpoints
+        self.step, self.tokenizer_path = step, tokenizer_path
+        self.config = checkpoints.config(step)
+
+    def model(self) -> Dreamer:
+        """The whole model, on one device.
+
+        Raises:
+            CheckpointError: the arrays do not fit the config, or are damaged.
+        """
+        graph, like = self.abstract()
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for n, a in _leaves(like).items()}
+        leaves = self._checkpoints.restore_model(target, self.step)
+        restored = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _leaves(like)])
+        return nnx.merge(graph, restored["params"], restored["biases"])
+
+    def abstract(self) -> tuple[Any, dict[str, nnx.State]]:
+        """The model without its numbers: (graph definition, shapes of `params` and `biases`)."""
+        graph, params, biases = taken_apart(nnx.eval_shape(lambda: Dreamer(self.config.model, nnx.Rngs(0))))
+        return graph, {"params": params, "biases": biases}
+
+    def check(self) -> None:
+        """Raise CheckpointError unless all arrays are there and fit the config."""
+        self._checkpoints.check_model(_leaves(self.abstract()[1]), self.step)
+
+    def leaf(self, name: str) -> np.ndarray:
+        """One array by its path, such as "params.layer.ea.w_down".
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return self._checkpoints.restore_one(name, self.step)
+
+
+@contextlib.contextmanager
+def saved(directory: Path, step: int | None = None) -> Iterator[Saved]:
+    """The newest checkpoint of a run folder, or one of the checkpoints in it.
 
     Raises:
-        CheckpointError: there is no checkpoint, it does not fit its config, or it is damaged; then the message names
-            the newest that is whole.
+        CheckpointError: there is no checkpoint, it does not fit its config, or it is damaged, as far as it is read;
+            then the message names the newest that is whole.
     """
     directory = directory.expanduser()
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
@@ -421,23 +485,21 @@ def load_model(directory: Path, step: int | None = None) -> Loaded:
                 f"'{directory}' has no whole checkpoint{'' if step is None else f' {step}'} (found: {found})"
             )
         try:
-            config = checkpoints.config(step)
-            model = _restored_model(checkpoints, config, step)
+            yield Saved(checkpoints, step, tokenizer)
         except Damage as damage:
             whole = checkpoints.newest_whole(step)
             way = f"give --checkpoint {checkpoints.directory / str(whole)}" if whole is not None else "none is whole"
             raise CheckpointError(f"{damage}\nbefore it: {way}") from damage
-    return Loaded(config, model, tokenizer, step)
 
 
-def _restored_model(checkpoints: Checkpoints, config: Config, step: int) -> Dreamer:
-    graph, params, biases = taken_apart(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = {"params": params, "biases": biases}
-    target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for n, a in _leaves(like).items()}
-    leaves = checkpoints.restore_model(target, step)
-    restored = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _leaves(like)])
-    return nnx.merge(graph, restored["params"], restored["biases"])
+def load_model(directory: Path, step: int | None = None) -> Loaded:
+    """The model of a run folder, or of one of the checkpoints in it.
+
+    Raises:
+        CheckpointError: as `saved`.
+    """
+    with saved(directory, step) as found:
+        return Loaded(found.config, found.model(), found.tokenizer_path, found.step)
 
 
 def save_model(run_dir: Path, config: Config, model: Dreamer, tokenizer_path: Path | None) -> None:

@@ -23,7 +23,7 @@ PART_BYTES = 2**22
 """What one thread sums at a time: large enough that handing it out costs nothing."""
 
 
-def checksums(arrays: Mapping[str, Array]) -> Checksums:
+def checksums(arrays: Mapping[str, Array | np.ndarray]) -> Checksums:
     """By name, 16 hexadecimal digits."""
     if all(_on_host(array) for array in arrays.values()):
         sums = _columns_on_host(arrays)
@@ -32,7 +32,7 @@ def checksums(arrays: Mapping[str, Array]) -> Checksums:
     return {name: _digits(columns) for name, columns in sums.items()}
 
 
-def damaged(arrays: Mapping[str, Array], expected: Mapping[str, str]) -> list[str]:
+def damaged(arrays: Mapping[str, Array | np.ndarray], expected: Mapping[str, str]) -> list[str]:
     """The names of arrays whose checksum is not the expected one; without an expectation none is compared."""
     if not expected:
         return []
@@ -60,11 +60,13 @@ def _digits(columns: np.ndarray) -> str:
     return f"{plain:08x}{weighted:08x}"
 
 
-def _on_host(array: Array) -> bool:
+def _on_host(array: Array | np.ndarray) -> bool:
+    if isinstance(array, np.ndarray):
+        return True
     return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
 
 
-def _columns_on_host(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+def _columns_on_host(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, np.ndarray]:
     """The sums of columns, by parts of arrays of about the same size, so that all threads end together."""
     columns = {name: np.zeros(array.shape[-1:] or (1,), np.uint32) for name, array in arrays.items()}
     parts = [(name, *part) for name, array in arrays.items() for part in _parts(array)]
@@ -85,20 +87,29 @@ def _column_sums(words: np.ndarray) -> np.ndarray:
     return np.add.reduce(rest, axis=0, dtype=np.uint32)
 
 
-def _parts(array: Array) -> Iterator[tuple[slice, np.ndarray]]:
+def _parts(array: Array | np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """(columns that the part has, its words [rows, columns]) of each part."""
+    for columns, shard in _shards(array):
+        held = np.ascontiguousarray(np.atleast_1d(shard))
+        words = held.view(f"uint{8 * held.itemsize}").reshape(-1, held.shape[-1])
+        rows = max(1, PART_BYTES // max(1, words[:1].nbytes))
+        for at in range(0, len(words), rows):
+            yield columns, words[at : at + rows]
+
+
+def _shards(array: Array | np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(columns that it has, numbers) of each part of an array that lies by itself."""
+    if isinstance(array, np.ndarray):
+        yield slice(None), array
+        return
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            held = np.ascontiguousarray(np.atleast_1d(np.asarray(shard.data)))
-            words = held.view(f"uint{8 * held.itemsize}").reshape(-1, held.shape[-1])
-            rows = max(1, PART_BYTES // max(1, words[:1].nbytes))
-            for at in range(0, len(words), rows):
-                yield shard.index[-1] if shard.index else slice(None), words[at : at + rows]
+            yield shard.index[-1] if shard.index else slice(None), np.asarray(shard.data)
 
 
-def _everywhere(arrays: Mapping[str, Array]) -> NamedSharding | None:
+def _everywhere(arrays: Mapping[str, Array | np.ndarray]) -> NamedSharding | None:
     """Where results must lie for every process to see them; None for arrays of one device."""
-    places = [array.sharding for array in arrays.values()]
+    places = [array.sharding for array in arrays.values() if isinstance(array, Array)]
     return next((NamedSharding(place.mesh, P()) for place in places if isinstance(place, NamedSharding)), None)
 
 

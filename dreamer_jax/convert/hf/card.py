@@ -1,9 +1,25 @@
 """The model card: what the model is, how it was trained, how to run it."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from dreamer_jax.config import Config
 
 
-def model_card(config: Config, numbers: int, *, step: int | None, merged: bool) -> str:
+class Score(NamedTuple):
+    """A result of an evaluation."""
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    """Ends of the 95 % interval."""
+    high: float
+    questions: int
+    """How many, or pieces of text."""
+
+
+def model_card(config: Config, numbers: int, *, step: int | None, merged: bool, scores: Sequence[Score] = ()) -> str:
     """README.md of the exported folder, with the metadata that model hubs read.
 
     Args:
@@ -11,6 +27,7 @@ def model_card(config: Config, numbers: int, *, step: int | None, merged: bool) 
         numbers: weights in the folder.
         step: optimizer steps that the weights have seen; None if unknown.
         merged: whether shared experts are merged into the routed ones (Eq. 8).
+        scores: of this checkpoint.
     """
     model = config.model
     facts = {
@@ -26,7 +43,15 @@ def model_card(config: Config, numbers: int, *, step: int | None, merged: bool) 
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     depth = DEPTH if model.depth_recurrent else ""
-    return CARD.format(name=config.name, table=table, depth=depth)
+    return CARD.format(name=config.name, table=table, depth=depth, evaluation=evaluation(scores))
+
+
+def evaluation(scores: Sequence[Score]) -> str:
+    """A section of the scores; nothing where there are none."""
+    rows = [
+        f"| {s.task} | {s.metric} | {s.value:.4g} | {s.low:.4g} to {s.high:.4g} | {s.questions:,} |" for s in scores
+    ]
+    return EVALUATION.format(rows="\n".join(rows)) if rows else ""
 
 
 def training_facts(config: Config, step: int | None) -> dict[str, object]:
@@ -63,7 +88,7 @@ A Dreamer language model ([arXiv 2601.21582](https://arxiv.org/abs/2601.21582)),
 | | |
 |---|---|
 {table}
-
+{evaluation}
 ## Use
 
 ```python
@@ -85,6 +110,15 @@ answer. A special token that is spelt out in a text becomes that token, as is us
 
 `configuration_dreamer.py` and `modeling_dreamer.py` are part of Dreamer JAX: Apache License 2.0. The weights and the
 tokenizer are under the terms of whoever trained them, and of the data.
+"""
+EVALUATION = """
+## Evaluation
+
+| Task | Metric | Score | 95 % interval | Questions |
+|---|---|---|---|---|
+{rows}
+
+Measured on the checkpoint with `python -m dreamer_jax.evaluate`, without examples and greedily.
 """
 DEPTH = """
 The model iterates one layer. Give `depth=...` to `from_pretrained` for more or fewer iterations than it was trained

@@ -4,12 +4,12 @@ import contextlib
 import json
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dreamer_jax.config import Config, ModelConfig, to_json
-from dreamer_jax.convert.hf.card import model_card
+from dreamer_jax.convert.hf.card import Score, model_card
 from dreamer_jax.convert.hf.tokenizer import exported
 from dreamer_jax.convert.hf.weights import SHARD, Dtype, write_weights
 from dreamer_jax.convert.safetensors import RUN_CONFIG
@@ -18,6 +18,8 @@ from dreamer_jax.errors import DreamerError
 
 CODE = Path(__file__).parent / "exported"
 """The configuration and the model for transformers."""
+LICENCE = "# SPDX-License-Identifier: Apache-2.0\n"
+"""What these files begin with where they stand alone."""
 PACKAGE = "from dreamer_jax.convert.hf.exported."
 """How these files import each other here; in the exported folder they stand alone, beside each other."""
 KNOWN = ("sa", "da", "ea")
@@ -66,7 +68,9 @@ def export_hf(
     dtype: Dtype = "float32",
     step: int | None = None,
     shard: int = SHARD,
+    scores: Sequence[Score] = (),
     wrote: Callable[[int], object] = lambda size: None,
+    check: Callable[[Path], object] = lambda draft: None,
 ) -> int:
     """Write a folder for AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True), whole or not at all.
 
@@ -79,7 +83,9 @@ def export_hf(
         dtype: of the weights; router biases are float32 in either case.
         step: of the checkpoint, for the model card.
         shard: bytes of weights in one file.
+        scores: of evaluations, for the model card.
         wrote: is told the bytes of each piece of weights that has been written.
+        check: is given the whole folder before it takes its place; what it raises leaves no folder.
 
     Returns:
         How many numbers there are.
@@ -91,22 +97,17 @@ def export_hf(
     """
     check_model(config.model)
     with appearing(out) as draft:
-        ends: dict[str, int] = {}
-        if tokenizer_path is not None:
-            templates = config.data.prompt_template, config.data.response_template
-            tokenizer = exported(tokenizer_path, config.data.special_tokens, *templates, config.data.context)
-            ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
-            for name, text in tokenizer.files.items():
-                (draft / name).write_text(text, encoding="utf-8")
+        ends = write_tokenizer(draft, config, tokenizer_path)
         for source in sorted(CODE.glob("*.py")):
             text = source.read_text(encoding="utf-8")
-            (draft / source.name).write_text(text.replace(PACKAGE, "from ."), encoding="utf-8")
+            (draft / source.name).write_text(LICENCE + text.replace(PACKAGE, "from ."), encoding="utf-8")
         fields = config_fields(config.model, config.data.context, merged=merged) | {"dtype": dtype} | ends
-        _write_json(draft / "config.json", fields)
-        _write_json(draft / "generation_config.json", {"do_sample": False, **ends})
+        write_configs(draft, fields, ends)
         (draft / RUN_CONFIG).write_text(to_json(config), encoding="utf-8")  # for the way back
         numbers = write_weights(draft, config.model, arrays, merged=merged, dtype=dtype, shard=shard, wrote=wrote)
-        (draft / "README.md").write_text(model_card(config, numbers, step=step, merged=merged), encoding="utf-8")
+        card = model_card(config, numbers, step=step, merged=merged, scores=scores)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        check(draft)
     return numbers
 
 
@@ -163,5 +164,24 @@ def config_fields(model: ModelConfig, context: int, *, merged: bool) -> dict[str
     }
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_tokenizer(folder: Path, config: Config, tokenizer_path: Path | None) -> dict[str, int]:
+    """Write the run's tokenizer; returns the ids of its special tokens by transformers' names, none without a path.
+
+    Raises:
+        TokenizerError: the tokenizer cannot be converted so that ids are equal.
+    """
+    if tokenizer_path is None:
+        return {}
+    templates = config.data.prompt_template, config.data.response_template
+    tokenizer = exported(tokenizer_path, config.data.special_tokens, *templates, config.data.context)
+    for name, text in tokenizer.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+
+
+def write_configs(folder: Path, fields: Mapping[str, Any], ends: Mapping[str, int]) -> None:
+    """Write config.json and generation_config.json; `ends` are the ids of special tokens."""
+    files = {"config.json": fields, "generation_config.json": {"do_sample": False, **ends}}
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")

@@ -1,160 +1,139 @@
-"""Does an export compute what the checkpoint computes? Sample logits of the one, held against those of the other.
+"""What transformers computes of an exported model, held against its checkpoint.
 
-python -m dreamer_jax.convert.hf.parity --folder EXPORT --sample SAMPLE.npz
+python -m dreamer_jax.convert.hf.parity --checkpoint RUN --folder EXPORT
 
-Whoever has the checkpoint writes the sample with `save_sample`. Whoever has PyTorch and transformers runs this: it
-writes parity.json into the export, and fails where the two differ by more than a limit.
+writes parity.json into the export, and fails where the two differ by more than a limit. Where JAX and PyTorch are not
+on one machine, `--checkpoint RUN --sample FILE.npz` writes what the checkpoint computes, and
+`--folder EXPORT --sample FILE.npz` compares with it.
 """
 
 import argparse
-import json
+import importlib.util
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from dreamer_jax.errors import DreamerError
-from dreamer_jax.files import write_whole
-
-PARITY = "parity.json"
-ROUTED = ("sa", "da", "ea")
-"""Kinds of attention that may have a router."""
-
-
-class ParityError(DreamerError, ValueError):
-    """An export that computes something else than its checkpoint."""
+from dreamer_jax.convert.parity import LIMITS, Computed, Figures, Limits, ParityError, compare, spoken, write_parity
+from dreamer_jax.convert.sample import computed, sample_tokens
+from dreamer_jax.door import guarded
+from dreamer_jax.training.checkpoint import load_model
 
 
-class Limits(NamedTuple):
-    """What an export may differ by."""
-
-    difference: float
-    """Of logits, over the largest logit."""
-    kl: float
-    """Mean over tokens, in nats."""
-    top1: float
-    """Share of tokens with the same likeliest successor, at least."""
-    experts: float
-    """Share of the selected experts that both select, at least."""
+def can_run() -> bool:
+    """Whether PyTorch and transformers are installed."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-LIMITS = {
-    "float32": Limits(difference=1e-3, kl=1e-6, top1=0.999, experts=0.999),
-    # Where two experts are all but equal, rounding decides, and one token's logits then differ by much.
-    "bfloat16": Limits(difference=float("inf"), kl=0.05, top1=0.9, experts=0.9),
-}
-"""By the type that transformers computes in; the checkpoint's sample is float32."""
+def versions() -> str:
+    """What would compute."""
+    import torch
+    import transformers
+
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def save_sample(path: Path, tokens: np.ndarray, logits: np.ndarray, experts: Mapping[str, np.ndarray]) -> None:
-    """Write what a checkpoint computes of some rows, without padding.
+def computed_by_transformers(
+    folder: Path,
+    tokens: Int[np.ndarray, "B T"],
+    dtype: str = "float32",
+    *,
+    own_code: bool = True,
+    depth: int | None = None,
+) -> Computed:
+    """What transformers computes of an exported model.
 
     Args:
-        path: an .npz file.
-        tokens: [B, T].
-        logits: [B, T, V], in float32.
-        experts: by kind of attention, the selected ids: [L, B, T] or [L, B, T, A]; negative at depths without it.
+        folder: the export.
+        tokens: rows without padding.
+        dtype: of the computation.
+        own_code: run the code in the folder, as users do; otherwise that of this package.
+        depth: how many depths run; those of config.json if None.
     """
-    arrays: dict[str, Any] = {f"{kind}_ids": np.asarray(ids) for kind, ids in experts.items()}
-    np.savez(path, tokens=np.asarray(tokens), logits=np.asarray(logits, np.float32), **arrays)
-
-
-def write_parity(folder: Path, sample: Path, limits: Mapping[str, Limits] = LIMITS) -> dict[str, dict[str, float]]:
-    """Compare in each type that has limits, write parity.json into the export, and return its figures.
-
-    Raises:
-        ParityError: a figure beyond its limit, named; parity.json is written all the same.
-    """
-    with np.load(sample) as arrays:
-        expected = dict(arrays)
-    figures = {dtype: compare(expected, computed(folder, expected["tokens"], dtype)) for dtype in limits}
-    write_whole(folder / PARITY, json.dumps(figures, indent=2) + "\n")
-    faults = [f"{dtype}: {fault}" for dtype in limits for fault in beyond(figures[dtype], limits[dtype])]
-    if faults:
-        raise ParityError(f"'{folder}' does not compute what its checkpoint does: {'; '.join(faults)}")
-    return figures
-
-
-def computed(folder: Path, tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """Logits and selected experts of an export, computed by transformers in this type: as `save_sample` has them."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=kind).eval()
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype)} | ({} if depth is None else {"depth": depth})
+    if own_code:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings).eval()
+    else:
+        from dreamer_jax.convert.hf.exported.modeling_dreamer import DreamerForCausalLM
+
+        model = DreamerForCausalLM.from_pretrained(folder, **settings).eval()
     seen: dict[str, list[np.ndarray]] = {}
     for name, module in model.named_modules():
         place = name.split(".")
         if place[-1] == "router":
-            keep = seen.setdefault(f"{place[-2]}_ids", []).append
+            keep = seen.setdefault(place[-2], []).append
             module.register_forward_hook(lambda _, __, route, keep=keep: keep(route.ids.numpy()))
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.float().numpy()
-    return {"logits": logits, **{name: np.stack(ids) for name, ids in seen.items()}}
+    return Computed(logits, {name: np.stack(ids) for name, ids in seen.items()})
 
 
-def compare(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Figures of the distance of two samples: `difference`, `largest_logit`, `kl`, `top1` and `KIND_experts`."""
-    p, q = (_log_softmax(np.asarray(sample["logits"], np.float64)) for sample in (expected, actual))
-    figures = {
-        "difference": float(np.abs(expected["logits"] - actual["logits"]).max()),
-        "largest_logit": float(np.abs(expected["logits"]).max()),
-        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "top1": float((p.argmax(-1) == q.argmax(-1)).mean()),
+def compare_export(
+    folder: Path, tokens: Int[np.ndarray, "B T"], expected: Computed, limits: Mapping[str, Limits] = LIMITS
+) -> str:
+    """Compare in each type that has limits and write parity.json into the export; returns the figures in words.
+
+    Raises:
+        ParityError: a figure beyond its limit, named; parity.json is written all the same.
+    """
+    by = {"reference": "the checkpoint in JAX", "converted": versions()}
+    figures: dict[str, Figures] = {
+        dtype: compare(expected, computed_by_transformers(folder, tokens, dtype)) for dtype in limits
     }
-    for kind in ROUTED:
-        if f"{kind}_ids" in expected:
-            ids = expected[f"{kind}_ids"]
-            runs = [depth for depth in range(len(ids)) if ids[depth].min() >= 0]
-            figures[f"{kind}_experts"] = _common(ids[runs], actual[f"{kind}_ids"])
-    return figures
-
-
-def beyond(figures: Mapping[str, float], limits: Limits) -> list[str]:
-    """The figures that exceed a limit, in words; one that is not a number does."""
-    relative = figures["difference"] / max(figures["largest_logit"], 1e-30)
-    faults = []
-    if not relative <= limits.difference:
-        faults.append(f"logits differ by {relative:.2g} of the largest one (limit {limits.difference:g})")
-    if not figures["kl"] <= limits.kl:
-        faults.append(f"KL is {figures['kl']:.2g} nats (limit {limits.kl:g})")
-    if not figures["top1"] >= limits.top1:
-        faults.append(f"the likeliest token agrees for {figures['top1']:.1%} (limit {limits.top1:.1%})")
-    shares = {name: figures[name] for name in figures if name.endswith("_experts")}
-    faults += [
-        f"{name.removesuffix('_experts')} selects the same experts for {share:.1%} (limit {limits.experts:.1%})"
-        for name, share in shares.items()
-        if not share >= limits.experts
-    ]
-    return faults
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _common(expected: np.ndarray, actual: np.ndarray) -> float:
-    """The share of the selected experts that the other selects, too: [L, B, T, A] or, for one expert, [L, B, T]."""
-    expected = expected.reshape(*expected.shape[:3], -1)
-    return float((expected[..., :, None] == actual[..., None, :]).any(-1).mean())
+    write_parity(folder, by, figures, limits)
+    return spoken(by, figures)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare, print the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="the export")
-    parser.add_argument("--sample", type=Path, required=True, help="what the checkpoint computes, an .npz file")
+    """Compute, compare, print the figures."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=form)
+    parser.add_argument("--checkpoint", type=Path, help="the run folder, or one of its checkpoints")
+    parser.add_argument("--folder", type=Path, help="the export")
+    parser.add_argument("--sample", type=Path, help="an .npz file of what the checkpoint computes")
     parsed: Any = parser.parse_args(arguments)
-    try:
-        figures = write_parity(parsed.folder, parsed.sample)
-    except (DreamerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(figures, indent=2))
+    if sum(given is not None for given in (parsed.checkpoint, parsed.folder, parsed.sample)) != 2:
+        parser.error("give two of --checkpoint, --folder, --sample")
+    return guarded(lambda: run(parsed.checkpoint, parsed.folder, parsed.sample), doing="--sample")
+
+
+def run(checkpoint: Path | None, folder: Path | None, sample: Path | None) -> int:
+    """Write a sample, or compare an export with a checkpoint or with a sample of it."""
+    tokens, expected = _read_sample(sample) if checkpoint is None and sample else _sample_of(checkpoint)
+    if folder is None:
+        assert sample is not None
+        arrays: dict[str, Any] = {f"{kind}_ids": ids for kind, ids in expected.experts.items()}
+        with sample.open("wb") as file:  # given a path, NumPy would add an ending to it
+            np.savez(file, tokens=tokens, logits=expected.logits, **arrays)
+        print(f"wrote {sample}\nnext: python -m dreamer_jax.convert.hf.parity --folder EXPORT --sample {sample}")
+        return 0
+    print(compare_export(folder, tokens, expected))
     return 0
+
+
+def _sample_of(checkpoint: Path | None) -> tuple[np.ndarray, Computed]:
+    assert checkpoint is not None
+    loaded = load_model(checkpoint)
+    tokens = sample_tokens(loaded.config.model.vocab, loaded.config.data.context, loaded.tokenizer_path)
+    return tokens, computed(loaded.model, tokens)
+
+
+def _read_sample(path: Path) -> tuple[np.ndarray, Computed]:
+    try:
+        with path.open("rb") as file, np.load(file) as opened:
+            arrays = dict(opened)
+        tokens, logits = arrays.pop("tokens"), arrays.pop("logits")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, TypeError) as error:
+        raise ParityError(f"'{path}' is no sample that --checkpoint wrote ({error}); write it again") from error
+    return tokens, Computed(logits, {name.removesuffix("_ids"): ids for name, ids in arrays.items()})
 
 
 if __name__ == "__main__":

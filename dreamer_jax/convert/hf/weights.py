@@ -35,6 +35,8 @@ class Target(NamedTuple):
     dtype: Dtype
     turned: bool
     """Whether the last two axes change places."""
+    part: tuple[int | slice, ...] = ()
+    """Where it lies in its source, before it is turned; empty for the whole."""
 
     @property
     def bytes(self) -> int:
@@ -108,6 +110,8 @@ def write_weights(
 ) -> int:
     """Write the weights into one file, or into several and an index; one array is on the host at a time.
 
+    They lie in the order of `arrays`.
+
     Args:
         folder: where; it must be there.
         config: of the model.
@@ -124,7 +128,19 @@ def write_weights(
         WeightError: a missing, extra or misshapen array, or one with numbers that are not finite, named.
     """
     check_names(arrays, expected_shapes(config, merged=merged))
-    every = targets(config, dtype, merged=merged)
+    order = {name: i for i, name in enumerate(arrays)}  # so each array of a checkpoint is read once
+    every = sorted(targets(config, dtype, merged=merged), key=lambda target: order[target.sources[0]])
+    return write_targets(folder, every, arrays, shard=shard, wrote=wrote)
+
+
+def write_targets(
+    folder: Path, every: list[Target], arrays: Mapping[str, Any], *, shard: int, wrote: Callable[[int], object]
+) -> int:
+    """Write these tensors in this order, as `write_weights` does.
+
+    Raises:
+        WeightError: an array has numbers that are not finite.
+    """
     shards = _sharded(every, shard)
     files = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     for file, inside in zip(files, shards, strict=True):
@@ -145,10 +161,13 @@ def _shard_name(i: int, count: int) -> str:
 def _sharded(every: list[Target], limit: int) -> list[list[Target]]:
     """The tensors in order, in parts of at most `limit` bytes."""
     shards: list[list[Target]] = [[]]
+    size = 0
     for target in every:
-        if shards[-1] and sum(earlier.bytes for earlier in shards[-1]) + target.bytes > limit:
+        if shards[-1] and size + target.bytes > limit:
             shards.append([])
+            size = 0
         shards[-1].append(target)
+        size += target.bytes
     return shards
 
 
@@ -171,7 +190,7 @@ def _write_file(out: BinaryIO, inside: list[Target], arrays: Mapping[str, Any], 
 
 def _pieces(target: Target, arrays: Mapping[str, Any]) -> Iterator[np.ndarray]:
     """The tensor's bytes in order: one expert after another, so that no second whole array is made."""
-    sources = [np.asarray(arrays[name]) for name in target.sources]
+    sources = [np.asarray(arrays[name])[target.part] for name in target.sources]
     experts = sources[0].shape[0] if len(target.shape) == 3 else None
     for expert in [...] if experts is None else range(experts):
         parts = [source[expert] for source in sources]

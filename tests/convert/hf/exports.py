@@ -60,3 +60,9 @@ def odd_model(variant: str) -> ModelConfig:
 def rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, positions and segment ids of rows that are one document each."""
     return tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens)
+
+
+def experts_of(passed: oracle.Outputs) -> dict[str, np.ndarray]:
+    """The selected experts [l, B, T, A] by kind of attention, of the l depths at which it runs."""
+    every = {"sa": passed.sa_ids, "da": passed.da_ids, "ea": passed.ea_ids}
+    return {kind: ids[[bool(row.min() >= 0) for row in ids]] for kind, ids in every.items() if ids is not None}
