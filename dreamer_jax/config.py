@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import json
+import math
 import re
 import runpy
 import sys
@@ -17,11 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, is_dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from pydantic import AfterValidator, Field, model_validator
 
+from dreamer_jax.dimensions.base import DEEPEST
 from dreamer_jax.dimensions.base import RouterConfig as RouterConfig
 from dreamer_jax.model_config import FLAT_KEYS, ModelConfig
 from dreamer_jax.model_config import DepthAttentionConfig as DepthAttentionConfig
@@ -60,6 +63,65 @@ PROMPT_TEMPLATE, RESPONSE_TEMPLATE = "Question: {text}\nAnswer:", " {text}"
 """The layout in which evaluation harnesses put GSM8K, so that benchmarks meet the model's own format."""
 UNREADABLE = "[]*?"
 """Characters of paths under which checkpoints cannot be read: the library takes the path for a pattern."""
+DEPTH_FORMS = {
+    "uniform": ("lowest", "highest"),
+    "poisson": ("mean", "lowest", "highest"),
+    "lognormal_poisson": ("mean", "sigma", "lowest", "highest"),
+}
+"""What train.depths may be beside fixed, and the numbers of each."""
+WIDEST_SIGMA = 3.0
+"""Of train.depths: with a wider one almost all depths would be the lowest."""
+
+
+class RandomDepths(NamedTuple):
+    """How train.depths draws the depth of a step: by a form of DEPTH_FORMS, clipped to lowest .. highest."""
+
+    form: str
+    lowest: int
+    highest: int
+    mean: float
+    """Before clipping; of lognormal_poisson without the one depth that always runs."""
+    sigma: float
+    """Of lognormal_poisson: the standard deviation of the rate's logarithm; of the others 0."""
+
+
+def random_depths(text: str) -> RandomDepths | None:
+    """Parse train.depths: None for the trained depth at every step.
+
+    Raises:
+        ValueError: it is none of the forms, or a number is out of range; the message says what to write.
+    """
+    if text.strip() in ("", "fixed"):
+        return None
+    found = re.fullmatch(r"\s*(\w+)\s*\(([^()]*)\)\s*", text)
+    names = DEPTH_FORMS.get(found[1]) if found else None
+    given = [_number(part) for part in found[2].split(",")] if found else []
+    if found is None or names is None or len(given) != len(names) or not all(map(math.isfinite, given)):
+        forms = ", ".join(f"{form}({', '.join(numbers)})" for form, numbers in DEPTH_FORMS.items())
+        raise ValueError(f"must be fixed, or one of {forms} with numbers, such as uniform(4, 12)")
+    values = {"sigma": 0.0, **dict(zip(names, given, strict=True))}
+    lowest, highest, sigma = values["lowest"], values["highest"], values["sigma"]
+    mean = values.get("mean", (lowest + highest) / 2)
+    if not (lowest.is_integer() and highest.is_integer() and 1 <= lowest <= highest <= DEEPEST):
+        raise ValueError(f"lowest and highest must be whole numbers from 1 to {DEEPEST}, lowest first")
+    if not lowest <= mean <= highest:
+        raise ValueError(f"mean must lie between lowest and highest, {lowest:g} and {highest:g}")
+    if not 0 <= sigma <= WIDEST_SIGMA:
+        raise ValueError(f"sigma must be a number from 0 to {WIDEST_SIGMA:g}")
+    return RandomDepths(found[1], int(lowest), int(highest), mean, sigma)
+
+
+def _number(text: str) -> float:
+    """NaN for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _is_depths(text: str) -> str:
+    random_depths(text)
+    return text
 
 
 def _compiles(pattern: str) -> str:
@@ -107,6 +169,8 @@ TextPattern = Annotated[Text, AfterValidator(_compiles)]
 """A regular expression, or nothing."""
 TextTemplate = Annotated[Text, AfterValidator(_is_template)]
 """What is put around a text, which goes where {text} stands."""
+DepthsText = Annotated[Text, AfterValidator(_is_depths)]
+"""A distribution of depths, as `random_depths` reads it."""
 Rows = Annotated[int, Field(ge=1, le=2**20)]
 """In a step: more than any machine computes, and few enough to try their divisors."""
 AxisSize = Annotated[
@@ -118,7 +182,7 @@ AxisSize = Annotated[
 
 @section("data.sources", label="name")
 class Source:
-    """One set of documents: files of rows under `data.root`, or reasoning-gym tasks, which need no files."""
+    """One set of documents: files of rows under `data.root`, or generated tasks, which need no files."""
 
     name: SourceName
     """Name of the set in reports and of its folder among the prepared."""
@@ -135,9 +199,10 @@ class Source:
     turns_field: Text = ""
     """Field that holds a conversation, whose first question and answer are used in place of these two fields."""
     tasks: Words = ()
-    """reasoning-gym tasks to generate, instead of files."""
+    """Tasks to generate, instead of files: our own (docs/data.md) or reasoning-gym's; with settings if need be, as in
+    "chain_sum(min_terms=3)"."""
     documents_per_task: CountOrZero = 0
-    """Training documents generated for each task; a tenth as many are held out."""
+    """Training documents generated for each task; a tenth as many are held out. 0 for all those of two_hop."""
     remove: TextPattern = ""
     """Regular expression; what it matches is taken out of prompts and responses: r"<<[^<>]*>>" for GSM8K's marks."""
 
@@ -145,11 +210,7 @@ class Source:
         """A source has files or tasks, not both; neither, where data.prepared holds its documents."""
         require(
             not (self.train and self.tasks),
-            f"data source '{self.name}': give either train files or reasoning-gym tasks",
-        )
-        require(
-            not self.tasks or self.documents_per_task > 0,
-            f"data source '{self.name}': documents_per_task must be positive for generated tasks",
+            f"data source '{self.name}': give either train files or tasks",
         )
 
 
@@ -166,8 +227,8 @@ class DataConfig:
     """Folder of prepared datasets and trained tokenizers, one sub-folder for each distinct preparation; or prepared
     data itself, a folder with report.json, as dreamer_jax.prepare writes it."""
     tokenizer: Word = "train"
-    """'train' (SentencePiece BPE on the training documents, model.vocab entries), or a path to a SentencePiece
-    .model or a Hugging Face tokenizer.json."""
+    """'train' (SentencePiece BPE on the training documents, model.vocab entries), 'words' (an entry for each word
+    of the training documents), or a path to a SentencePiece .model or a Hugging Face tokenizer.json."""
     special_tokens: Words = ()
     """Names of the tokens that begin and end a document, where a given tokenizer has uncommon ones: two, or one for
     both."""
@@ -229,7 +290,10 @@ class TrainConfig:
     microbatches: Rows = 1
     """Parts that a batch is split into; their gradients and expert counts are summed before the one update."""
     seed: CountOrZero = 0
-    """Initialisation and data order."""
+    """Initialisation, data order and random depths."""
+    depths: DepthsText = ""
+    """How many depths each step runs (docs/depths.md): empty or 'fixed' for model.depth; 'uniform(lowest, highest)',
+    'poisson(mean, lowest, highest)' or 'lognormal_poisson(mean, sigma, lowest, highest)' to draw it for each step."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type. Parameters and optimizer state are float32 in either case."""
     remat: Literal["none", "full", "selective", "products"] = "full"
@@ -361,6 +425,10 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
+    def __post_init__(self) -> None:
+        """Check what no single section shows."""
+        _check_depths(self)
+
     @property
     def run_dir(self) -> Path:
         """The folder of this run."""
@@ -370,6 +438,25 @@ class Config:
     def tokens_per_step(self) -> int:
         """Token positions in an optimizer step."""
         return self.train.batch * self.data.context
+
+
+def _check_depths(config: Config) -> None:
+    """The model runs at every depth that train.depths can draw."""
+    model, depths = config.model, random_depths(config.train.depths)
+    if depths is None:
+        return
+    key = f"train.depths = {shown(config.train.depths)}"
+    require(
+        model.depth_recurrent,
+        f"{key}: the layers of LA are its depth; leave the key empty, or set model.depth_recurrent = True",
+    )
+    # A slice that is empty at some of these depths is empty at the lowest or the highest.
+    for name, depth in itertools.product(model.dimensions, (depths.lowest, depths.highest)):
+        require(
+            bool(model.depths_of(name, depth)),
+            f"{key}: at depth {depth}, {name} would run at none of the depths; leave such depths out, or widen the "
+            f"slice of {name} in model.mixture",
+        )
 
 
 def user_path(path: str | Path, key: str) -> Path:

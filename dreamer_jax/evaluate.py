@@ -38,6 +38,9 @@ class Arguments:
     """Questions of each part of a task (subject, category, form), from the beginning; all by default."""
     depth: tuple[int, ...] = ()
     """How many depths run; without it as many as in training. Given several times, a table and a plot compare them."""
+    depth_rope_scaling: bool | None = None
+    """Count depth positions in steps of the trained depth over the depth that runs (True), or in whole steps (False);
+    without it as in training. It matters at other depths than the trained one."""
     all: bool = False
     """Every checkpoint that the run keeps, not the newest alone."""
     out: Path | None = None
@@ -128,12 +131,12 @@ def evaluate(arguments: Arguments) -> int:
     paths = all_checkpoints(run_folder(arguments.checkpoint)) if arguments.all else [arguments.checkpoint]
     folders = []
     for path in paths:
-        asked = candidate(path)
+        asked = candidate(path, arguments.depth_rope_scaling)
         folders += [evaluate_at(asked, d, tasks, root, settings, arguments) for d in arguments.depth or (None,)]
         del asked  # before the next one is loaded
     run = run_folder(arguments.checkpoint)
     if len(arguments.depth) > 1:
-        print(write_depths(folders, [task.name for task in tasks], run / "evaluation"))
+        print(write_depths(folders, [task.name for task in tasks], folders[0].parent))
     given = shlex.quote(str(arguments.out or run))
     print(f"next: python -m dreamer_jax.evaluate --compare {given} --compare ANOTHER")
     return 0

@@ -13,11 +13,13 @@ import importlib.metadata
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dreamer_jax.config import Config, Source
+from dreamer_jax.data.exercises import family_task, words_of
+from dreamer_jax.data.families import VERSION as FAMILIES_VERSION
 from dreamer_jax.data.files import expanded, reading
 from dreamer_jax.data.prepared import (
     SPLITS,
@@ -43,11 +45,13 @@ from dreamer_jax.data.sources import (
 )
 from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import (
+    MADE,
     Tokenizer,
     UnknownCharacter,
     check_tokenizer_file,
     load_tokenizer,
     train_sentencepiece,
+    word_tokenizer,
 )
 from dreamer_jax.data.unfinished import unfinished
 from dreamer_jax.distributed import becomes_visible
@@ -108,19 +112,28 @@ def preparation_key(config: Config) -> str:
     """Name of the folder: a hash of the documents' origin, the tokenizer, the context and this code's version.
 
     Raises:
-        DataError: a raw file or the tokenizer is missing.
+        DataError: a raw file or the tokenizer is missing, or a task cannot be read.
     """
     data = config.data
-    trained = data.tokenizer == "train"
     parts = {
         "version": VERSION,
         "sources": [dataclasses.asdict(source) | {"weight": None} for source in data.sources],
         "files": [_file_digest(path) for source in data.sources for path in source_files(source, data)],
-        "tokenizer": config.model.vocab if trained else _file_digest(_tokenizer_file(data.tokenizer)),
+        "tokenizer": _tokenizer_key(config),
         "treatment": [data.context, data.bad_rows, data.long_documents, data.special_tokens, Template.of(data)],
         "generator": importlib.metadata.version("reasoning-gym") if any(s.tasks for s in data.sources) else None,
     }
+    if any(family_task(task) for source in data.sources for task in source.tasks):
+        parts["families"] = FAMILIES_VERSION
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_key(config: Config) -> int | str:
+    """What a preparation depends on of its tokenizer: one of words follows from the documents."""
+    name = config.data.tokenizer
+    if name in MADE:
+        return config.model.vocab if name == "train" else name
+    return _file_digest(_tokenizer_file(name))
 
 
 def _tokenizer_file(name: str) -> Path:
@@ -150,10 +163,10 @@ def _check(config: Config) -> None:
     for source in config.data.sources:
         if not source.train and not source.tasks:
             raise DataError(
-                f"data source '{source.name}': give either train files or reasoning-gym tasks, or prepared data as "
+                f"data source '{source.name}': give either train files or tasks, or prepared data as "
                 f"--data.prepared ('{config.data.prepared}' is a folder without report.json)"
             )
-    if config.data.special_tokens and config.data.tokenizer == "train":
+    if config.data.special_tokens and config.data.tokenizer in MADE:
         raise DataError(
             "data.special_tokens names tokens of a tokenizer that is given as data.tokenizer, and none is given: leave "
             "it out, or give one"
@@ -230,7 +243,7 @@ def _stage(source: Source, config: Config, scratch: Path, skipped: Counter[str])
             files[split].write(json.dumps([document, origin]) + "\n")
             found[split] += 1
             if split == "train":
-                prompts.add(prompt_digest(document.prompt))
+                prompts.add(prompt_digest(document.given))
     for split in SPLITS:
         if not found[split]:
             raise _nothing_left(source, split, skipped)
@@ -245,24 +258,41 @@ def _read_staged(scratch: Path, name: str, split: Split) -> Iterator[tuple[Docum
     """Documents and their origins."""
     with _staged(scratch, name, split).open() as file:
         for line in file:
-            texts, origin = json.loads(line)
-            yield Document(*texts), origin
+            (prompt, response, further), origin = json.loads(line)
+            yield Document(prompt, response, tuple(map(tuple, further))), origin
 
 
 def _make_tokenizer(config: Config, scratch: Path) -> Tokenizer:
-    """The given tokenizer, or one that is trained on the training documents."""
-    if config.data.tokenizer != "train":
-        tokenizer = load_tokenizer(_tokenizer_file(config.data.tokenizer), config.data.special_tokens)
-        _check_vocabulary(tokenizer.vocab_size, config)
-        return tokenizer
+    """The given tokenizer, or one that is made of the training documents."""
+    if config.data.tokenizer == "train":
+        texts = ("".join(texts) for texts in _training_texts(config, scratch))
+        write_whole(scratch / "tokenizer.model", train_sentencepiece(texts, config.model.vocab))
+        return load_tokenizer(scratch / "tokenizer.model")
+    path = scratch / "tokenizer.json"
+    if config.data.tokenizer == "words":
+        write_whole(path, word_tokenizer(_words(config, scratch)))
+    else:
+        path = _tokenizer_file(config.data.tokenizer)
+    tokenizer = load_tokenizer(path, config.data.special_tokens)
+    _check_vocabulary(tokenizer.vocab_size, config)
+    return tokenizer
+
+
+def _training_texts(config: Config, scratch: Path) -> Iterator[list[str]]:
+    """The texts of each training document, which are tokenized one by one."""
     template = Template.of(config.data)
-    texts = (
-        template.asked(document.prompt) + template.answered(document.response)
-        for source in config.data.sources
-        for document, _ in _read_staged(scratch, source.name, "train")
-    )
-    write_whole(scratch / "tokenizer.model", train_sentencepiece(texts, config.model.vocab))
-    return load_tokenizer(scratch / "tokenizer.model")
+    for source in config.data.sources:
+        for document, _ in _read_staged(scratch, source.name, "train"):
+            first = [template.asked(document.prompt), template.answered(document.response)]
+            yield [*first, *itertools.chain.from_iterable(document.further)]
+
+
+def _words(config: Config, scratch: Path) -> set[str]:
+    """The words of the training documents, and those that the tests of our own families use."""
+    found = {word for source in config.data.sources for word in words_of(source)}
+    for texts in _training_texts(config, scratch):
+        found.update(" ".join(texts).split())
+    return found
 
 
 def _check_vocabulary(size: int, config: Config) -> None:
@@ -277,7 +307,7 @@ class _Written(NamedTuple):
     """A source as shards."""
 
     shards: dict[Split, list[Shard]]
-    examples: list[dict[str, str]]
+    examples: list[dict[str, Any]]
 
 
 def _write_source(
@@ -331,7 +361,7 @@ def _unseen(
 ) -> Iterator[tuple[Document, str]]:
     """The held-out documents whose prompt no source trains on."""
     for document, origin in held_out:
-        if prompt_digest(document.prompt) in training_prompts:
+        if prompt_digest(document.given) in training_prompts:
             skipped["held out, but its prompt is also in the training data"] += 1
         else:
             yield document, origin
@@ -341,7 +371,7 @@ def _tokenize(
     stream: Iterable[tuple[Document, str]],
     config: Config,
     tokenizer: Tokenizer,
-    examples: list[dict[str, str]],
+    examples: list[dict[str, Any]],
     too_long: list[int],
     skipped: Counter[str],
 ) -> Iterator[tuple[list[int], int]]:
@@ -349,11 +379,10 @@ def _tokenize(
 
     Prompt and response are tokenized apart, so that their border is one of tokens.
     """
-    context, template = config.data.context, Template.of(config.data)
+    context, tokens_of = config.data.context, _tokens_of(tokenizer, Template.of(config.data))
     for document, origin in stream:
         try:
-            prompt = [tokenizer.bos, *tokenizer.encode(template.asked(document.prompt))]
-            tokens = [*prompt, *tokenizer.encode(template.answered(document.response)), tokenizer.eos]
+            tokens, response_start = tokens_of(document)
         except UnknownCharacter as cause:
             if config.data.bad_rows == "error":
                 fix = bad_row_fix("give a tokenizer with an unknown token or with byte fallback")
@@ -369,5 +398,29 @@ def _tokenize(
             skipped[TOO_LONG] += 1
             too_long.append(len(tokens))
         elif len(examples) < EXAMPLES:
-            examples.append(document._asdict())
-        yield tokens, len(prompt)
+            examples.append(_example(document))
+        yield tokens, response_start
+
+
+def _tokens_of(tokenizer: Tokenizer, template: Template) -> Callable[[Document], tuple[list[int], int]]:
+    """What gives the tokens of a document as they are stored, and where its response starts.
+
+    The texts of further turns are mostly words that come again and again: each is tokenized once.
+    """
+    again = functools.lru_cache(maxsize=1 << 12)(tokenizer.encode)
+
+    def tokens_of(document: Document) -> tuple[list[int], int]:
+        prompt = [tokenizer.bos, *tokenizer.encode(template.asked(document.prompt))]
+        tokens = [*prompt, *tokenizer.encode(template.answered(document.response))]
+        for given, answered in document.further:
+            tokens += [~token for token in again(given)]
+            tokens += again(answered)
+        return [*tokens, tokenizer.eos], len(prompt)
+
+    return tokens_of
+
+
+def _example(document: Document) -> dict[str, Any]:
+    """A document as the report quotes it."""
+    further = {"further": document.further} if document.further else {}
+    return {"prompt": document.prompt, "response": document.response} | further

@@ -43,6 +43,16 @@ def example(tokens: Sequence[int] | np.ndarray, response_start: int) -> dict[str
     return {"tokens": stored, "response_start": response_start, "checksum": _checksum(stored, response_start)}
 
 
+def ids_and_answers(tokens: Sequence[int] | np.ndarray, response_start: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a stored document, and which of them are to be produced: the eos after a response is, too.
+
+    A token that is given within the response, in a further turn, is stored as its complement, a negative number.
+    """
+    stored = np.asarray(tokens)
+    is_given = stored < 0
+    return np.where(is_given, ~stored, stored), ~is_given & (np.arange(len(stored)) >= response_start)
+
+
 def is_whole(stored: dict[str, Any]) -> bool:
     """Whether a document is the one that was written."""
     return _checksum(stored["tokens"], stored["response_start"]) == stored["checksum"]
@@ -58,7 +68,7 @@ def records_name(name: str, split: str, file: int, files: int) -> str:
 
 
 def write_documents(path: Path, documents: Iterable[tuple[Sequence[int] | np.ndarray, int]]) -> None:
-    """Write a file of (tokens, response_start); the same documents give the same bytes.
+    """Write a file of (tokens, response_start), which `ids_and_answers` reads; the same documents give the same bytes.
 
     Raises:
         OSError: the disk is full, or cannot be written.

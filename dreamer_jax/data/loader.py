@@ -21,7 +21,7 @@ import numpy as np
 
 from dreamer_jax.config import Config
 from dreamer_jax.data.batch import Batch
-from dreamer_jax.data.dataset import RECORDS, Documents, is_whole
+from dreamer_jax.data.dataset import RECORDS, Documents, ids_and_answers, is_whole
 from dreamer_jax.data.pack import Packing, find_row, load_packing, row_documents
 from dreamer_jax.data.prepared import PACKING, Prepared, sha256, shard_names
 from dreamer_jax.data.sources import DataError, Split
@@ -125,21 +125,23 @@ def lay_out(documents: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]
     """Documents one after another in a row of `size` tokens.
 
     Args:
-        documents: `tokens` int32 and `response_start` of each; together at most `size` tokens.
+        documents: `tokens` int32 as they are stored, and `response_start` of each; together at most `size` tokens.
         size: T.
 
     Returns:
         tokens int32 [T]; positions int32 [T], from 0 in each document; segment_ids int32 [T], 1, 2, ... and 0 where the
-        row is empty; response_mask bool [T], True on response tokens and the eos after them.
+        row is empty; response_mask bool [T], True on response tokens and the eos after them, but not on what further
+        turns give.
     """
     row = empty_row(size)
     start = 0
     for segment, document in enumerate(documents, start=1):
-        tokens, end = document["tokens"], start + len(document["tokens"])
-        row["tokens"][start:end] = tokens
-        row["positions"][start:end] = np.arange(len(tokens))
+        ids, answered = ids_and_answers(document["tokens"], int(document["response_start"]))
+        end = start + len(ids)
+        row["tokens"][start:end] = ids
+        row["positions"][start:end] = np.arange(len(ids))
         row["segment_ids"][start:end] = segment
-        row["response_mask"][start + int(document["response_start"]) : end] = True
+        row["response_mask"][start:end] = answered
         start = end
     return row
 

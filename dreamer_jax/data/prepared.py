@@ -37,7 +37,7 @@ from dreamer_jax.data.files import DataError, expanded
 from dreamer_jax.data.pack import pack_documents, save_packing
 from dreamer_jax.data.sources import Split, counts
 from dreamer_jax.data.template import DEFAULT_TEMPLATE, Template
-from dreamer_jax.data.tokenizer import FILES, Tokenizer, check_tokenizer_file
+from dreamer_jax.data.tokenizer import FILES, MADE, Tokenizer, check_tokenizer_file
 from dreamer_jax.files import write_whole
 
 REPORT = "report.json"
@@ -110,7 +110,8 @@ def write_shard(
     Args:
         folder: where; it exists.
         stem: beginning of the files' names.
-        documents: (tokens, response_start) of each: `tokens[response_start:]` is the response.
+        documents: (tokens, response_start) of each: `tokens[response_start:]` is the response, in which what further
+            turns give is marked (`dataset.ids_and_answers`).
         context: tokens of a row; longer documents are stored, but are in no row.
 
     Raises:
@@ -167,14 +168,15 @@ class _Tally:
     def counting(self, documents: Iterable[tuple[Sequence[int] | np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
         """The same documents. The first token is never a target, since nothing stands before it."""
         for tokens, response_start in documents:
-            ids = np.asarray(tokens, np.int32)
+            stored = np.asarray(tokens, np.int32)
+            ids, answered = dataset.ids_and_answers(stored, response_start)
             self.lengths.append(len(ids))
-            self._few[0].append(ids[1:response_start])
-            self._few[1].append(ids[max(1, response_start) :])
+            self._few[0].append(ids[1:][~answered[1:]])
+            self._few[1].append(ids[1:][answered[1:]])
             self._waiting += len(ids)
             if self._waiting >= FEW:
                 self._count()
-            yield ids, response_start
+            yield stored, response_start
 
     def _count(self) -> None:
         """Count the targets that wait, many at a time: one document's ids are few among all that there are."""
@@ -461,7 +463,7 @@ def _check_fit(config: Config, directory: Path, report: dict[str, Any], tokenize
             f"response_template={own.response!r} in the config's data section, or prepare again with python -m "
             f"dreamer_jax.prepare"
         )
-    if data.tokenizer != "train":
+    if data.tokenizer not in MADE:
         given = expanded(data.tokenizer, "data.tokenizer")
         check_tokenizer_file(given)
         if sha256(given) != sha256(tokenizer):

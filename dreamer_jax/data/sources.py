@@ -3,49 +3,24 @@
 Nothing is lost in silence: a row that cannot be used stops the preparation or, where the config says so, is counted.
 """
 
-import hashlib
-import re
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from dreamer_jax.config import DataConfig, Source
+from dreamer_jax.data.document import Document as Document
+from dreamer_jax.data.document import Found as Found
+from dreamer_jax.data.document import Split as Split
+from dreamer_jax.data.document import prompt_digest as prompt_digest
+from dreamer_jax.data.document import without
+from dreamer_jax.data.exercises import exercises
 from dreamer_jax.data.files import DataError as DataError
 from dreamer_jax.data.files import check_file, expanded, reading
 from dreamer_jax.data.layout import UnusableRow, exchange, text_of, values_at
 from dreamer_jax.data.rows import Fault, Row, rows_of
 
-Split = Literal["train", "validation"]
-
 HELD_OUT_PERCENT = 2
 """Share of a source's documents that is held out where its config names no validation files."""
-VALIDATION_SEED = 2**30
-"""First seed of the held-out exercises. reasoning-gym draws exercise i from seed + i, so seeds must lie far apart."""
-
-
-class Document(NamedTuple):
-    """One exercise: the text that is given and the text to be produced."""
-
-    prompt: str
-    response: str
-
-
-class Found(NamedTuple):
-    """A document of a source."""
-
-    split: Split
-    document: Document
-    origin: str
-    """File and line or row, or the task that generated it."""
-
-
-def prompt_digest(prompt: str) -> int:
-    """64 bits of the prompt without regard to case and white space: what makes two prompts the same."""
-    normalised = " ".join(prompt.casefold().split())
-    return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "little")
 
 
 def data_root(data: DataConfig) -> Path:
@@ -90,7 +65,7 @@ def documents(source: Source, data: DataConfig, skipped: Counter[str]) -> Iterat
         DataError: a file or row that cannot be used.
     """
     if source.tasks:
-        yield from _exercises(source, skipped)
+        yield from exercises(source, skipped)
         return
     source_files(source, data)
     for name in source.train:
@@ -103,7 +78,7 @@ def documents(source: Source, data: DataConfig, skipped: Counter[str]) -> Iterat
 
 def _split_by_text(document: Document) -> Split:
     """A split that depends on the prompt alone, so that it outlives a reordering or a growth of the file."""
-    return "validation" if prompt_digest(document.prompt) % 100 < HELD_OUT_PERCENT else "train"
+    return "validation" if prompt_digest(document.given) % 100 < HELD_OUT_PERCENT else "train"
 
 
 def _rows(path: Path, source: Source, data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[Document, str]]:
@@ -164,51 +139,6 @@ def _text(row: Row, field: str, key: str, source: Source) -> str:
 
 def _kept(text: str, field: str, source: Source) -> str:
     """The text without what the source removes."""
-    if kept := _without(source, text):
+    if kept := without(source, text):
         return kept
     raise UnusableRow(f"field '{field}' is empty")
-
-
-def _without(source: Source, text: str) -> str:
-    """The text without what the source removes and without white space around it."""
-    return (re.sub(source.remove, "", text) if source.remove else text).strip()
-
-
-def _exercises(source: Source, skipped: Counter[str]) -> Iterator[Found]:
-    """Generated exercises, each prompt once over both splits."""
-    seen: set[int] = set()
-    held_out = -(-source.documents_per_task // 10)
-    splits: tuple[tuple[Split, int, int], ...] = (
-        ("train", source.documents_per_task, 0),
-        ("validation", held_out, VALIDATION_SEED),
-    )
-    for split, count, seed in splits:
-        for task in source.tasks:
-            texts = _generate(task, count, seed + zlib.crc32(task.encode()) % VALIDATION_SEED)
-            for number, (prompt, response) in enumerate(texts):
-                document = Document(_without(source, prompt), _without(source, response))
-                digest = prompt_digest(document.prompt)
-                if digest in seen or not all(document):
-                    skipped["generated twice" if digest in seen else "generated without a prompt or an answer"] += 1
-                    continue
-                seen.add(digest)
-                yield Found(split, document, f"task '{task}', exercise {number} of {split}")
-
-
-def _generate(task: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Exercises of one reasoning-gym task: the worked answer where there is one, and the result after `####`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import reasoning_gym  # takes seconds, and only generated sources need it
-        from reasoning_gym.factory import DATASETS
-    if task not in DATASETS:
-        raise DataError(f"reasoning-gym has no task '{task}'; it has {', '.join(sorted(DATASETS))}")
-    try:
-        generator = reasoning_gym.create_dataset(task, size=count, seed=seed)
-    except Exception as error:  # each task has its own
-        raise DataError(f"reasoning-gym's task '{task}' cannot be used ({error}); name another") from error
-    for index in range(count):
-        exercise = generator[index]
-        answer = exercise["answer"]  # None where many are right, and the task only judges them
-        result = "" if answer is None else f"#### {answer}"
-        yield exercise["question"], exercise["metadata"].get("answer_cot") or result

@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece (trained here, or given) and Hugging Face tokenizer.json, behind one small interface.
+"""Tokenizers: SentencePiece (trained here, or given) and Hugging Face tokenizer.json (made here of words, or given).
 
 Text never becomes a special token, whatever it spells: only `bos` and `eos`, added by whoever lays out a document, are.
 """
@@ -41,6 +41,10 @@ EOS_NAMES = (
 )
 FILES = ("tokenizer.model", "tokenizer.json")
 """What `Tokenizer.save` writes: one of these."""
+MADE = ("train", "words")
+"""Values of data.tokenizer that name no file: the preparation makes these tokenizers of its documents."""
+ENDS_AND_UNKNOWN = ("<s>", "</s>", "<unk>")
+"""The first entries of a tokenizer of words."""
 TRAINING_LINES = 2_000_000
 """Lines that SentencePiece reads at most; it samples from more."""
 GIVE = "give a SentencePiece .model or a Hugging Face tokenizer.json"
@@ -460,6 +464,19 @@ def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:
             f"cannot train a tokenizer of model.vocab = {vocab} entries on these documents: {_remedy(str(error))}"
         ) from error
     return model.getvalue()
+
+
+def word_tokenizer(words: Iterable[str]) -> bytes:
+    """A tokenizer.json with one entry for each distinct word, in alphabetical order after bos, eos and unknown.
+
+    Texts are split at white space, and decoded with a space between two words.
+    """
+    entries = [*ENDS_AND_UNKNOWN, *sorted(set(words).difference(ENDS_AND_UNKNOWN))]
+    vocab = {entry: number for number, entry in enumerate(entries)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=ENDS_AND_UNKNOWN[2]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(list(ENDS_AND_UNKNOWN))
+    return made.to_str(pretty=True).encode()
 
 
 def _remedy(said: str) -> str:

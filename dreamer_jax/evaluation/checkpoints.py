@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import MeshConfig
@@ -45,6 +46,8 @@ class Candidate:
     tokens: int
     """Training tokens behind it."""
     weights: str
+    depth_rope_scaling: bool | None = None
+    """If it is not as in training."""
 
     def respondent(self, settings: Settings, depth: int | None) -> Respondent:
         """The model at a depth, on all devices."""
@@ -88,17 +91,23 @@ class Candidate:
             dtype=config.train.dtype,
             context=settings.context or config.data.context,
             stride=settings.stride,
+            depth_rope_scaling=self.depth_rope_scaling,
         )
 
     def results(self, depth: int | None) -> Path:
         """Where results of this checkpoint at this depth stand, if no other place is given."""
         trained = self.loaded.config.model.depth
         suffix = "" if depth in (None, trained) else f"-depth{depth}"
-        return self.folder / "evaluation" / f"{self.loaded.step}{suffix}"
+        scaled = {None: "evaluation", True: "evaluation-scaled", False: "evaluation-unscaled"}
+        return self.folder / scaled[self.depth_rope_scaling] / f"{self.loaded.step}{suffix}"
 
 
-def candidate(checkpoint: Path) -> Candidate:
+def candidate(checkpoint: Path, depth_rope_scaling: bool | None = None) -> Candidate:
     """The newest checkpoint of a run folder, or the one given.
+
+    Args:
+        checkpoint: the folder.
+        depth_rope_scaling: in place of `model.depth_rope_scaling` of the training; None for that.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it has no tokenizer.
@@ -108,7 +117,18 @@ def candidate(checkpoint: Path) -> Candidate:
     folder = run_folder(checkpoint)
     with Checkpoints(folder) as checkpoints:
         rows = checkpoints.position(loaded.step).rows
-    return Candidate(folder, loaded, rows * loaded.config.data.context, fingerprint(loaded.model))
+    tokens, weights = rows * loaded.config.data.context, fingerprint(loaded.model)
+    if depth_rope_scaling in (None, loaded.config.model.depth_rope_scaling):
+        return Candidate(folder, loaded, tokens, weights)
+    return Candidate(folder, with_depth_rope_scaling(loaded, depth_rope_scaling), tokens, weights, depth_rope_scaling)
+
+
+def with_depth_rope_scaling(loaded: Loaded, scaling: bool) -> Loaded:
+    """The same weights in a model whose depth positions are scaled, or are not."""
+    config = replace(loaded.config, model=replace(loaded.config.model, depth_rope_scaling=scaling))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
+    _, params, biases = taken_apart(loaded.model)
+    return loaded._replace(config=config, model=nnx.merge(graph, params, biases))
 
 
 def run_folder(checkpoint: Path) -> Path:

@@ -70,6 +70,8 @@ class Subject:
     dtype: str
     context: int
     stride: int | None = None
+    depth_rope_scaling: bool | None = None
+    """If it is not as in training."""
 
 
 @dataclass

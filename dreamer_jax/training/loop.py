@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dreamer_jax import sharding
 from dreamer_jax.accounting.flops import training_flops
 from dreamer_jax.accounting.hardware import peak_flops
-from dreamer_jax.config import Config, ConfigError, check_run_path
+from dreamer_jax.config import Config, ConfigError, check_run_path, random_depths
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import prepare
 from dreamer_jax.data.loader import batches
@@ -38,6 +38,7 @@ from dreamer_jax.training.checkpoint import (
     check_tokenizer,
     write_run_files,
 )
+from dreamer_jax.training.depths import announcement, at_depth, depth_of, validated_depths
 from dreamer_jax.training.metrics import Sinks
 from dreamer_jax.training.preemption import Agreement, preemption
 from dreamer_jax.training.rows import held_rows, place_rows
@@ -239,8 +240,10 @@ class _Run:
 
     def __post_init__(self) -> None:
         compute = Compute.of(self.config, self.mesh)
-        self.train_step = self.together(make_train_step(self.config, compute, self.mesh, self.graph))
-        self.held_out_loss = self.together(make_evaluation(self.config, compute, self.mesh, self.graph))
+        self.make_step = functools.partial(make_train_step, self.config, compute, self.mesh, self.graph)
+        self.make_evaluation = functools.partial(make_evaluation, self.config, compute, self.mesh, self.graph)
+        self.step_programs: dict[int, Any] = {}
+        self.evaluation_programs: dict[int, Any] = {}
         self.last_loss: float | None = None
         self.last_read, self.bad = self.start.step, 0
         self.reporter = _Reporter(self.config, self.mesh.size)
@@ -254,9 +257,11 @@ class _Run:
         """
         pending: tuple[int, StepResult, Any] | None = None
         step = start = self.start.step
+        if depths := announcement(self.config):
+            self.sinks.say(depths)
         self.group.beat(f"step {start + 1}", slow=True)
         for step, batch in enumerate(self.timed(self.batches("train")), start + 1):
-            state, result = self.train_step(state, batch)
+            state, result = self.train_step(step, state, batch)
             # The step donates its state, so what the report needs of the new one is copied here.
             biases = jax.tree.map(lambda b: b.copy(), state.biases) if self._reports(step) else None
             if pending:
@@ -284,22 +289,38 @@ class _Run:
         self.confirm()
         return state, step
 
-    def together(self, program: Any) -> Callable[..., Any]:
-        """The program, for one shape of arguments: compiled in every process before any of them runs it.
+    def train_step(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
+        """One step at its depth; the first of each depth compiles its program."""
+        depth = depth_of(self.config, step)
+        if depth not in self.step_programs:
+            self.group.beat(f"step {step}", slow=True)
+            started, in_between = time.monotonic(), bool(self.step_programs)
+            self.step_programs[depth] = self.compiled(self.make_step(depth), state, batch)
+            if in_between:
+                seconds = time.monotonic() - started
+                self.reporter.pause(seconds)
+                self.sinks.say(f"step {step} is the first at depth {depth}: compiled in {seconds:.1f} s")
+        taken: tuple[TrainState, StepResult] = self.step_programs[depth](state, batch)
+        return taken
 
-        Compilation takes minutes, not the same in all processes, and a collective on CPU waits 30 s for its peers.
+    def held_out_loss(self, depth: int, state: TrainState, batch: Batch) -> tuple[float, float]:
+        """(summed loss, number of loss positions) of a batch at a depth."""
+        arguments = state.params, state.biases, batch
+        if depth not in self.evaluation_programs:
+            self.evaluation_programs[depth] = self.compiled(self.make_evaluation(depth), *arguments)
+        loss, positions = self.evaluation_programs[depth](*arguments)
+        return float(loss), float(positions)
+
+    def compiled(self, program: Any, *arguments: Any) -> Any:
+        """The program for such arguments, compiled in every process before any of them runs it.
+
+        Compilation takes minutes, not the same in all processes, and a collective on CPU waits 30 s for its peers. All
+        processes draw the same depth for a step, so they meet here at the same steps.
         """
-        executable: Any = None
-
-        def call(*arguments: Any) -> Any:
-            nonlocal executable
-            if executable is None:
-                executable = program.lower(*arguments).compile()
-                self.group.meet("compiled")
-                self.confirm()
-            return executable(*arguments)
-
-        return call
+        executable = program.lower(*arguments).compile()
+        self.group.meet("compiled")
+        self.confirm()
+        return executable
 
     def confirm(self) -> None:
         """Make sure that the checkpoint was whole, before the first program runs: a step overwrites its state.
@@ -367,30 +388,40 @@ class _Run:
 
     def read(self, step: int, result: StepResult, biases: Any) -> None:
         """Report a step whose figures are ready."""
-        self.reporter.count(int(result.figures.tokens))
+        depth, self.last_loss = depth_of(self.config, step), float(result.loss)
+        self.reporter.count(int(result.figures.tokens), depth, self.last_loss)
         self.group.beat(f"step {step + 1}")
-        self.last_read, self.last_loss, self.bad = step, float(result.loss), int(result.bad_in_a_row)
+        self.last_read, self.bad = step, int(result.bad_in_a_row)
         if self.bad:
             self.sinks.say(f"step {step}: non-finite loss or gradient, update skipped ({self.bad} in a row)")
         self.sinks.advance(step)
         if self._reports(step):
-            self.sinks.write(step, self.reporter.record(result, biases))
+            self.sinks.write(step, self.reporter.record(result, biases, depth))
 
     def validate(self, state: TrainState, step: int, *, record: bool = True) -> float | None:
-        """Mean held-out loss; None where there are no held-out rows."""
-        total, count = 0.0, 0.0
+        """Mean held-out loss at the trained depth; None where there are no held-out rows.
+
+        A record of it has the loss at other depths, too, where steps run at random ones.
+        """
+        trained = self.config.model.depth
+        totals, count = dict.fromkeys(validated_depths(self.config) if record else (trained,), 0.0), 0.0
         started = time.monotonic()
         self.group.beat(f"the validation of step {step}", slow=True)
         for batch in self.batches("validation"):
-            loss, positions = self.held_out_loss(state.params, state.biases, batch)
-            total, count = total + float(loss), count + float(positions)
+            positions = 0.0
+            for depth in totals:
+                loss, positions = self.held_out_loss(depth, state, batch)
+                totals[depth] += loss
+            count += positions
         self.reporter.pause(time.monotonic() - started)
         self.group.beat(f"step {step + 1}")
         if count == 0:
             return None
+        means = {depth: total / count for depth, total in totals.items()}
         if record:
-            self.sinks.write(step, metrics.validation_record(total / count))
-        return total / count
+            by_depth = means if len(means) > 1 else {}
+            self.sinks.write(step, metrics.validation_record(means[trained], by_depth))
+        return means[trained]
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Let benchmarks look at the model."""
@@ -477,20 +508,30 @@ class _Reporter:
 
     def __init__(self, config: Config, devices: int):
         self.config, self.devices = config, devices
-        self.flops = training_flops(config.model, config.data.context).total
         self.peak = peak_flops(jax.devices()[0].device_kind)
-        self.tokens, self.input_seconds, self.started = 0, 0.0, time.monotonic()
+        self.flops_per_token = functools.cache(self._flops_per_token)
+        self.start_again()
 
-    def count(self, tokens: int) -> None:
-        """A step on so many tokens is done."""
+    def start_again(self) -> None:
+        """Forget the steps of the last record."""
+        self.tokens, self.flops, self.input_seconds, self.started = 0, 0.0, 0.0, time.monotonic()
+        self.losses: dict[int, list[float]] = {}
+
+    def count(self, tokens: int, depth: int, loss: float) -> None:
+        """A step on so many tokens at this depth is done."""
         self.tokens += tokens
+        self.flops += tokens * self.flops_per_token(depth)
+        self.losses.setdefault(depth, []).append(loss)
+
+    def _flops_per_token(self, depth: int) -> float:
+        return training_flops(at_depth(self.config.model, depth), self.config.data.context).total
 
     def pause(self, seconds: float) -> None:
         """Leave time spent on something else out of the speed."""
         self.started += seconds
 
-    def record(self, result: StepResult, biases: nnx.State) -> metrics.Record:
-        """The record of a step."""
+    def record(self, result: StepResult, biases: nnx.State, depth: int) -> metrics.Record:
+        """The record of a step at this depth."""
         result, biases = jax.device_get((result, biases))
         figures = result.figures
         record = metrics.step_record(
@@ -501,7 +542,7 @@ class _Reporter:
             tokens=int(figures.tokens),
             skipped=int(result.skipped),
             square=np.asarray(figures.square),
-            routers={name: self._own_depths(name, router) for name, router in figures.routers.items()},
+            routers={name: self._own_depths(name, router, depth) for name, router in figures.routers.items()},
             biases={
                 str(path[1]): np.asarray(bias[...])
                 for path, bias in nnx.to_flat_state(biases)
@@ -509,14 +550,16 @@ class _Reporter:
             },
             shared=self.config.model.depth_recurrent,
         )
-        seconds = max(time.monotonic() - self.started, 1e-9)
+        if random_depths(self.config.train.depths):
+            record |= metrics.depth_record(depth, self.losses)
+        seconds, flops = max(time.monotonic() - self.started, 1e-9), self.flops / max(self.tokens, 1)
         record |= metrics.speed_record(
-            self.tokens, seconds, self.flops, self.devices, self.peak, input_seconds=self.input_seconds
+            self.tokens, seconds, flops, self.devices, self.peak, input_seconds=self.input_seconds
         )
-        self.tokens, self.input_seconds, self.started = 0, 0.0, time.monotonic()
+        self.start_again()
         return record
 
-    def _own_depths(self, name: str, router: RouterFigures) -> tuple[np.ndarray, np.ndarray]:
-        """Counts and entropies at the depths at which the dimension runs."""
-        depths = np.array(self.config.model.depths_of(name))
+    def _own_depths(self, name: str, router: RouterFigures, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Counts and entropies at the depths, of so many, at which the dimension runs."""
+        depths = np.array(self.config.model.depths_of(name, depth))
         return np.asarray(router.counts)[depths], np.asarray(router.entropy)[depths]

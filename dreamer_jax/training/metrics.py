@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, SupportsFloat, runtime_checkable
@@ -149,9 +149,21 @@ def step_record(
     return record
 
 
-def validation_record(loss: SupportsFloat) -> Record:
-    """The record of one measurement of the held-out loss (nats)."""
-    return {"validation/loss": float(loss), "validation/perplexity": perplexity(loss)}
+def depth_record(depth: int, losses: Mapping[int, Sequence[float]]) -> Record:
+    """What the record of a step has beside others where the depth is random.
+
+    Args:
+        depth: of this step.
+        losses: by depth, those of the steps since the last record, this one among them, in nats.
+    """
+    means = {f"train/loss_depth_{L}": float(np.mean(losses[L])) for L in sorted(losses)}
+    return {"train/depth": float(depth), **means}
+
+
+def validation_record(loss: SupportsFloat, by_depth: Mapping[int, float] | None = None) -> Record:
+    """The record of one measurement of the held-out loss (nats), and of that at other depths."""
+    record: Record = {"validation/loss": float(loss), "validation/perplexity": perplexity(loss)}
+    return record | {f"validation/loss_depth_{L}": at_depth for L, at_depth in (by_depth or {}).items()}
 
 
 def speed_record(
@@ -168,7 +180,7 @@ def speed_record(
     Args:
         tokens: non-padding tokens trained on, over all devices.
         seconds: wall time they took.
-        flops_per_token: `accounting.flops.training_flops(...).total`.
+        flops_per_token: `accounting.flops.training_flops(...).total`, the mean over these tokens.
         devices: number of devices.
         peak: FLOP/s of one device; without it there is no "speed/mfu".
         input_seconds: part of the wall time in which the host waited for a batch. The step before runs meanwhile, so

@@ -103,12 +103,18 @@ def _init_options(mesh: Mesh) -> dict[str, Any] | None:
 
 
 def make_train_step(
-    config: Config, compute: Compute, mesh: Mesh, graph: Any
+    config: Config, compute: Compute, mesh: Mesh, graph: Any, depth: int | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
-    """The compiled step. Its first argument is donated: use the state that it returns."""
+    """The compiled step at a depth, the trained one if None.
+
+    Its first argument is donated: use the state that it returns.
+
+    Raises:
+        ConfigError: when it is compiled, a depth that the model cannot run at.
+    """
     split = _parameter_specs(config)
     gradients = jax.shard_map(
-        functools.partial(_gradients, config, compute, graph),
+        functools.partial(_gradients, config, compute, graph, depth),
         mesh=mesh,
         in_specs=(split, P(), spec_of(("batch",))),
         out_specs=(split, P(), P(), P()),
@@ -143,7 +149,13 @@ def _updated(config: Config, state: TrainState, grads: nnx.State, figures: Figur
 
 
 def _gradients(
-    config: Config, compute: Compute, graph: Any, params: nnx.State, biases: nnx.State, batch: Batch
+    config: Config,
+    compute: Compute,
+    graph: Any,
+    depth: int | None,
+    params: nnx.State,
+    biases: nnx.State,
+    batch: Batch,
 ) -> tuple[nnx.State, Array, Array, Figures]:
     """The program of one device: (its part of the gradients, mean loss, loss positions, figures) of all devices.
 
@@ -156,7 +168,7 @@ def _gradients(
     weights = working_weights(graph, compute, biases, params)
 
     def objective(weights: nnx.State, part: Rows) -> tuple[Array, Figures]:
-        total, figures = loss_sum(graph, weights, biases, part, compute)
+        total, figures = loss_sum(graph, weights, biases, part, compute, depth)
         return total / jnp.maximum(loss_tokens, 1.0), figures
 
     def accumulate(sums: nnx.State, part: Rows) -> tuple[nnx.State, tuple[Array, Figures]]:
@@ -188,26 +200,29 @@ def _microbatches(rows: Rows, config: Config) -> Rows:
 
 
 def loss_sum(
-    graph: Any, weights: nnx.State, biases: nnx.State, part: Rows, compute: Compute
+    graph: Any, weights: nnx.State, biases: nnx.State, part: Rows, compute: Compute, depth: int | None = None
 ) -> tuple[Float[Array, ""], Figures]:
-    """Cross-entropy summed over the weighted positions of some rows, and the figures of their forward pass."""
+    """Cross-entropy summed over the weighted positions of some rows, and the figures of their forward pass.
+
+    `depth` is how many depths run, the trained number if None.
+    """
     model = nnx.merge(graph, weights, biases)
     batch = part.batch
-    passed = model.forward(batch.tokens, batch.positions, batch.segment_ids, compute)
+    passed = model.forward(batch.tokens, batch.positions, batch.segment_ids, compute, depth=depth)
     return cross_entropy_sum(passed.hidden, model.lm_head[...], part.targets, part.weights), passed.figures
 
 
 def make_evaluation(
-    config: Config, compute: Compute, mesh: Mesh, graph: Any
+    config: Config, compute: Compute, mesh: Mesh, graph: Any, depth: int | None = None
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
-    """The compiled (summed loss, number of loss positions) of a batch of held-out rows."""
+    """The compiled (summed loss, number of loss positions) of a batch of held-out rows; `depth` as of a step."""
 
     def local(params: nnx.State, biases: nnx.State, batch: Batch) -> tuple[Array, Array]:
         rows = _with_targets(config, batch)
         biases = jax.tree.map(varying, biases)
         working = working_weights(graph, compute, biases, params)
         parts = _microbatches(rows, config)
-        totals = lax.map(lambda part: loss_sum(graph, working, biases, part, compute)[0], parts)
+        totals = lax.map(lambda part: loss_sum(graph, working, biases, part, compute, depth)[0], parts)
         return lax.psum((jnp.sum(totals), jnp.sum(rows.weights)), AXES)
 
     specs = (_parameter_specs(config), P(), spec_of(("batch",)))

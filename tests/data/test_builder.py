@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +18,13 @@ import tensorflow_datasets as tfds
 import tokenizers
 
 from dreamer_jax import config as config_module
-from dreamer_jax.config import Config, Source
+from dreamer_jax.config import Config, DataConfig, ModelConfig, Source
 from dreamer_jax.data import builder
 from dreamer_jax.data import prepared as prepared_data
 from dreamer_jax.data.builder import preparation_key, prepare
+from dreamer_jax.data.dataset import ids_and_answers
+from dreamer_jax.data.document import Document, prompt_digest
+from dreamer_jax.data.exercises import family_task
 from dreamer_jax.data.prepared import Prepared
 from dreamer_jax.data.sources import DataError
 from dreamer_jax.data.tokenizer import load_tokenizer
@@ -210,7 +214,7 @@ def test_a_config_that_names_no_documents_or_tokens_of_no_tokenizer_is_refused(o
     config = one_source(sums(5, seed=1))
     with pytest.raises(DataError, match=r"data\.sources is empty: name .*, or give prepared data as --data\.prepared"):
         prepare(change(config, "data", sources=()))
-    with pytest.raises(DataError, match=r"'x': give either train files or reasoning-gym tasks, or prepared data"):
+    with pytest.raises(DataError, match=r"'x': give either train files or tasks, or prepared data"):
         prepare(change(config, "data", sources=(Source("x"),)))
     with pytest.raises(DataError, match=r"data\.special_tokens names tokens of a tokenizer that is given"):
         prepare(change(config, "data", special_tokens=("<s>",)))
@@ -465,3 +469,108 @@ def test_what_others_leave_beside_the_files_does_not_count(one_source: Callable[
     for name in (".DS_Store", "._tokenizer.model", "tokenizer.json", "sums/.nfs0001", "sums/1.0.0/._features.json"):
         (first.directory / name).write_bytes(b"x")
     assert prepare(config) == first
+
+
+# Families, further turns, and a tokenizer of words.
+
+
+@pytest.fixture(scope="module")
+def hops(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A source with further turns, beside one of another family, tokenized by words."""
+    sources = (
+        Source("hops", tasks=("p_hop(hops=(1, 3), length=(6, 14), test_hops=(4,))",), documents_per_task=60),
+        Source("graph", tasks=("two_hop(entities=20, relations=6, out_degree=4, compositions=2.0)",)),
+    )
+    data = DataConfig(
+        sources=sources,
+        prepared=str(tmp_path_factory.mktemp("prepared")),
+        tokenizer="words",
+        prompt_template="Q {text} A",
+        response_template="{text}",
+        context=40,
+    )
+    return Config(name="hops", model=ModelConfig(vocab=64), data=data)
+
+
+@pytest.fixture(scope="module")
+def prepared_hops(hops: Config) -> Prepared:
+    return prepare(hops)
+
+
+def test_words_of_documents_templates_and_tests_are_the_vocabulary(hops: Config, prepared_hops: Prepared):
+    words = {f"e{i}" for i in range(20)} | {f"r{i}" for i in range(6)} | {"Q", "A", "B", "C", "D", "-"}
+    words |= {f"p={p}" for p in (1, 2, 3, 4)} | {"a", "b", "c", "d", "<s>", "</s>", "<unk>"}
+    assert prepared_hops.tokenizer.name == "tokenizer.json"
+    assert json.loads(prepared_hops.tokenizer.read_bytes())["model"]["vocab"].keys() == words
+    assert prepared_hops.report["vocab"] == len(words) == 43
+    assert {part["unknown"] for part in prepared_hops.report["sources"].values()} == {0}
+    assert prepare(change(hops, "model", vocab=43)) == prepared_hops
+    with pytest.raises(DataError, match=r"has 43 entries and model\.vocab = 42; give --model\.vocab 128"):
+        prepare(change(hops, "model", vocab=42))
+
+
+def test_a_vocabulary_too_small_for_the_words_is_refused_with_the_number_needed(hops: Config, tmp_path: Path):
+    config = change(change(hops, "model", vocab=42), "data", prepared=str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"tokenizer 'words' has 43 entries and model\.vocab = 42; give --model\.vocab 1"
+    ):
+        prepare(config)
+
+
+def test_further_turns_stand_in_the_response_with_what_is_given_marked(hops: Config, prepared_hops: Prepared):
+    tokenizer = load_tokenizer(prepared_hops.tokenizer)
+    task = family_task(hops.data.sources[0].tasks[0])
+    assert task is not None
+    expected = list(task.family.train(task.settings, 60, task.seed))
+    for stored, document in zip(tokens_on_disk(prepared_hops, "hops", "train"), expected, strict=True):
+        tokens, start = stored["tokens"], int(stored["response_start"])
+        assert tokenizer.decode(tokens[:start]) == f"Q {document.prompt} A"
+        ids, answered = ids_and_answers(tokens, start)
+        texts = [document.response, *(text for turn in document.further for text in turn)]
+        assert tokenizer.decode(ids[start:]) == " ".join(texts)
+        assert tokenizer.decode(ids[answered]) == " ".join(texts[::2])
+        assert answered[-1]
+        assert ids[-1] == tokenizer.eos
+
+
+def test_the_loss_on_responses_looks_at_the_answers_of_all_turns(hops: Config, prepared_hops: Prepared):
+    prompts, responses = np.load(prepared_hops.directory / "hops" / "unigrams.npy")
+    tokenizer = load_tokenizer(prepared_hops.tokenizer)
+    letters, answers = tokenizer.encode("a b c d"), tokenizer.encode("A B C D -")
+    assert responses[letters].sum() == 0 < prompts[letters].min()
+    assert responses[answers].sum() == prompts[letters].sum()
+    assert responses[tokenizer.eos] == 60
+
+
+def test_a_held_out_document_is_trained_on_if_all_that_it_gives_is():
+    document, skipped = Document("p=1 a", "-", (("b", "-"), ("a", "B"))), Counter[str]()
+    assert list(builder._unseen([(document, "x")], {prompt_digest("p=1 a")}, skipped)) == [(document, "x")]
+    assert not list(builder._unseen([(document, "x")], {prompt_digest("p=1 a b a")}, skipped))
+    assert skipped.total() == 1
+
+
+def test_the_report_quotes_further_turns_where_there_are_some(prepared_hops: Prepared):
+    sources = json.loads((prepared_hops.directory / "report.json").read_text())["sources"]
+    assert all(len(turn) == 2 for example in sources["hops"]["examples"] for turn in example["further"])
+    assert all(example.keys() == {"prompt", "response"} for example in sources["graph"]["examples"])
+
+
+def test_the_key_follows_the_version_of_the_families_where_one_is_used(hops: Config, monkeypatch: pytest.MonkeyPatch):
+    others = change(hops, "data", sources=(Source("sums", tasks=("lcm",), documents_per_task=3),))
+    keys = preparation_key(hops), preparation_key(others)
+    monkeypatch.setattr(builder, "FAMILIES_VERSION", 99)
+    assert preparation_key(hops) != keys[0]
+    assert preparation_key(others) == keys[1]
+    with pytest.raises(DataError, match="no setting 'x'"):
+        preparation_key(change(hops, "data", sources=(Source("x", tasks=("two_hop(x=1)",)),)))
+
+
+def test_words_have_no_special_tokens_of_other_names(hops: Config):
+    with pytest.raises(DataError, match=r"data\.special_tokens names tokens of a tokenizer that is given"):
+        prepare(change(hops, "data", special_tokens=("<s>",)))
+
+
+def test_ready_made_data_are_opened_whatever_tokenizer_would_be_made(hops: Config, prepared_hops: Prepared):
+    for tokenizer in ("words", "train"):
+        ready = change(hops, "data", sources=(), prepared=str(prepared_hops.directory), tokenizer=tokenizer)
+        assert prepare(ready).key == prepared_hops.key

@@ -18,7 +18,7 @@ from dreamer_jax.config import Config
 from dreamer_jax.data import builder, loader
 from dreamer_jax.data.batch import Batch
 from dreamer_jax.data.builder import prepare
-from dreamer_jax.data.loader import PackedRows, batches, rows
+from dreamer_jax.data.loader import PackedRows, batches, lay_out, rows
 from dreamer_jax.data.pack import find_row, row_documents
 from dreamer_jax.data.prepared import Prepared
 from dreamer_jax.data.sources import DataError
@@ -129,6 +129,16 @@ def test_the_mask_covers_the_response_and_its_end(prepared: Prepared, stream: li
             assert response[-1] == tokenizer.eos
             assert tokenizer.decode(prompt).endswith("\nAnswer:")
             assert tokenizer.decode(response).startswith((" #### ", " They are "))
+
+
+def test_what_further_turns_give_is_laid_out_as_it_is_and_is_no_response():
+    plain = {"tokens": np.array([1, 5, 6, 2], np.int32), "response_start": 2}
+    turns = {"tokens": np.array([1, 5, 6, ~5, ~0, 6, ~9, 7, 2], np.int32), "response_start": 2}
+    row = lay_out([plain, turns], 15)
+    assert row["tokens"].tolist() == [1, 5, 6, 2, 1, 5, 6, 5, 0, 6, 9, 7, 2, 0, 0]
+    assert row["tokens"].dtype == np.int32
+    assert np.flatnonzero(row["response_mask"]).tolist() == [2, 3, 6, 9, 11, 12]
+    assert row["positions"].tolist() == [*range(4), *range(9), 0, 0]
 
 
 def test_an_epoch_of_batches_holds_every_document_once(one_source: Callable[..., Config]):

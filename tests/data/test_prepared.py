@@ -120,6 +120,19 @@ def test_targets_are_counted_apart_in_prompts_and_responses(tmp_path: Path, monk
     assert responses.tolist() == [3, 1, 1, 0]  # never the first token, which follows nothing
 
 
+def test_what_is_given_within_a_response_counts_as_prompt(tmp_path: Path):
+    tokens = [1, 7, 8, ~7, 9, ~7, ~8, 9, 2]
+    report = write_shard(tmp_path, "x", [(tokens, 2)], CONTEXT)
+    ids, prompts, responses = np.load(tmp_path / "x.unigrams.npy")
+    assert ids.tolist() == [2, 7, 8, 9]
+    assert prompts.tolist() == [0, 3, 1, 0]
+    assert responses.tolist() == [1, 0, 1, 2]
+    assert (report.tokens, report.packed_tokens) == (9, 9)
+    stored = dataset.Documents(tmp_path / "x.array_record")[0]
+    assert stored["tokens"].tolist() == tokens
+    assert dataset.is_whole(stored)
+
+
 def test_a_shard_is_packed_anew_for_another_context_from_its_lengths_alone(tmp_path: Path):
     report = write_shard(tmp_path, "x", documents(50), CONTEXT)
     (tmp_path / "x.array_record").unlink()

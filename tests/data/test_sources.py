@@ -298,15 +298,6 @@ def test_generated_exercises_without_an_answer_are_left_out():
     assert skipped == {"generated without a prompt or an answer": 3}
 
 
-@pytest.mark.parametrize(
-    ("task", "cause"),
-    [("chain_some", "no task 'chain_some'; it has .*chain_sum"), ("composite", "task 'composite' cannot be used")],
-)
-def test_a_task_that_cannot_be_generated_is_named(task: str, cause: str):
-    with pytest.raises(DataError, match=cause):
-        next(documents(Source("x", tasks=(task,), documents_per_task=1), DataConfig(), Counter()))
-
-
 def test_prompts_that_differ_in_case_and_spaces_are_the_same():
     assert prompt_digest("What  is\n2?") == prompt_digest("what is 2?")
     assert prompt_digest("What is 2?") != prompt_digest("What is 3?")

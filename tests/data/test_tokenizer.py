@@ -16,6 +16,7 @@ from dreamer_jax.data.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     train_sentencepiece,
+    word_tokenizer,
 )
 from tests.data.tokenizers_of_others import byte_level, llama, saved, unigram, words
 
@@ -328,3 +329,23 @@ def test_a_vocabulary_that_the_texts_do_not_yield_is_an_error_that_names_the_key
 ):
     with pytest.raises(DataError, match=rf"model\.vocab = {vocab} entries on these documents: .*{cause}"):
         train_sentencepiece(texts, vocab)
+
+
+def test_a_tokenizer_of_words_has_an_entry_for_each_in_an_order_of_their_own(tmp_path: Path):
+    content = word_tokenizer(["e17", "r3", "=", "é", "e17", "<s>", "e4"])
+    assert content == word_tokenizer(iter(["r3", "e4", "é", "e17", "="]))
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.unknown, tokenizer.vocab_size) == (0, 1, 2, 8)
+    assert tokenizer.encode("= e17 e4 r3 é") == [3, 4, 5, 6, 7]
+    assert tokenizer.encode("\n e17\t\tr3e4  <s> E17 ") == [4, 2, 2, 2]
+    assert tokenizer.decode([0, 4, 6, 7, 1]) == "e17 r3 é"
+    assert tokenizer.encode("") == []
+
+
+def test_a_tokenizer_of_words_is_found_in_the_folder_it_is_saved_to(tmp_path: Path):
+    (tmp_path / "a.json").write_bytes(word_tokenizer(["e17", "r3"]))
+    saved_path = load_tokenizer(tmp_path / "a.json").save(tmp_path)
+    assert find_tokenizer(tmp_path) == saved_path == tmp_path / "tokenizer.json"
+    assert load_tokenizer(tmp_path).encode("r3 e17") == [4, 3]

@@ -88,6 +88,19 @@ def test_another_depth_has_a_folder_and_scores_of_its_own(evaluated):
     assert values[0] != values[1]
 
 
+def test_depth_positions_can_be_scaled_for_an_evaluation(evaluated, run, data):
+    """At another depth than the trained one; the results stand apart from those of the model as it was trained."""
+    asked = ["--checkpoint", run, "--data", data, "--tasks", "ppl", "--depth", 2, "--depth-rope-scaling"]
+    assert call(*asked, "True") == 0
+    scaled, plain = scores(run / "evaluation-scaled" / "0-depth2"), scores(evaluated / "0-depth2")
+    assert (scaled["depth_rope_scaling"], plain["depth_rope_scaling"]) == (True, None)
+    assert scaled["weights"] == plain["weights"]
+    values = [found["tasks"]["ppl"]["metrics"]["perplexity"]["value"] for found in (scaled, plain)]
+    assert values[0] != values[1]
+    assert call(*asked, "False") == 0, "as it was trained"
+    assert not (run / "evaluation-unscaled").exists()
+
+
 def test_a_finished_evaluation_is_reported_and_not_repeated(evaluated, run, data, capsys, monkeypatch):
     from dreamer_jax.evaluation import respondent
 

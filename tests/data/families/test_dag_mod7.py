@@ -1,0 +1,101 @@
+"""dag_mod7: values found by substitution, and questions with enough behind them."""
+
+from collections import Counter
+
+import pytest
+
+from dreamer_jax.data.document import Document
+from dreamer_jax.data.families import dag_mod7
+
+SETTINGS = dag_mod7.Settings()
+
+
+def parsed(document: Document) -> tuple[dict[str, list[str]], str]:
+    """The words of each definition by its name, and what is asked for."""
+    *lines, question = document.prompt.split(" ; ")
+    return {words[0]: words[2:] for words in map(str.split, lines)}, question.split()[1]
+
+
+def value(definitions: dict[str, list[str]], term: str) -> int:
+    """The value of a name or number, by substitution."""
+    if term not in definitions:
+        return int(term)
+    left, *rest = definitions[term]
+    found = value(definitions, left)
+    if rest:
+        operator, right = rest[0], value(definitions, rest[1])
+        found = found + right if operator == "+" else found - right if operator == "-" else found * right
+    return found % 7
+
+
+def behind(definitions: dict[str, list[str]], name: str) -> set[str]:
+    """The other variables that a variable depends on."""
+    direct = {word for word in definitions[name] if word in definitions}
+    return direct.union(*(behind(definitions, other) for other in direct))
+
+
+def depth(definitions: dict[str, list[str]], name: str) -> int:
+    others = [word for word in definitions[name] if word in definitions]
+    return max((1 + depth(definitions, other) for other in others), default=0)
+
+
+@pytest.mark.parametrize("order", ["topological", "shuffled"])
+def test_the_answer_is_the_value_of_what_is_asked_for(order: str):
+    for document in dag_mod7.train(dag_mod7.Settings(order=order), 100, 1):
+        definitions, query = parsed(document)
+        assert document.response == str(value(definitions, query))
+
+
+@pytest.mark.parametrize("order", ["topological", "shuffled"])
+def test_the_shape_is_that_of_the_graph(order: str):
+    settings = dag_mod7.Settings(order=order, test_size=10)
+    for name, documents in dag_mod7.tests(settings, 1).items():
+        for document in documents:
+            definitions, query = parsed(document)
+            ancestors = len(behind(definitions, query))
+            assert dag_mod7.shape_of(document.prompt) == (len(definitions), depth(definitions, query), ancestors)
+            assert name == f"definitions={len(definitions)}"
+            assert 2 * ancestors >= len(definitions)
+
+
+def test_definitions_follow_those_that_they_need_unless_they_are_shuffled():
+    def is_in_order(document: Document) -> bool:
+        definitions, _ = parsed(document)
+        names = list(definitions)
+        return all(behind(definitions, name) <= set(names[:place]) for place, name in enumerate(names))
+
+    assert all(map(is_in_order, dag_mod7.train(SETTINGS, 50, 1)))
+    shuffled = list(map(is_in_order, dag_mod7.train(dag_mod7.Settings(order="shuffled"), 50, 1)))
+    assert sum(shuffled) < 25
+    orders = [list(parsed(document)[0]) for document in dag_mod7.train(dag_mod7.Settings(order="shuffled"), 50, 1)]
+    assert sum(names == sorted(names) for names in orders) < 25
+
+
+def test_each_form_of_definition_occurs_and_none_multiplies_by_zero_or_by_a_variable():
+    found: Counter[str] = Counter()
+    for document in dag_mod7.train(SETTINGS, 300, 1):
+        for words in parsed(document)[0].values():
+            found[" ".join("v" if word[0] == "v" else "n" if word.isdigit() else word for word in words)] += 1
+            assert words[-2:] not in (["*", "0"], ["*", "1"], ["+", "0"], ["-", "0"])
+    assert found.keys() == {"n", "v + n", "v - n", "v * n", "v + v", "v - v"}
+    assert min(found.values()) > 50
+
+
+def test_answers_are_nearly_equally_frequent_for_each_number_of_definitions():
+    train = list(dag_mod7.train(SETTINGS, 2000, 1))
+    for size in range(2, 9):
+        answers = Counter(document.response for document in train if document.prompt.count(";") == size)
+        assert answers.total() > 200
+        assert max(answers.values()) / answers.total() < 0.24
+    answers = Counter(document.response for document in train)
+    assert set(answers) == set("0123456")
+    assert max(answers.values()) / answers.total() < 0.17
+
+
+def test_all_names_are_used_and_no_document_uses_one_twice():
+    names: Counter[str] = Counter()
+    for document in dag_mod7.train(SETTINGS, 300, 1):
+        definitions, _ = parsed(document)
+        assert len(definitions) == document.prompt.count(";")
+        names.update(list(definitions))
+    assert names.keys() == {f"v{n}" for n in range(1, 21)}
