@@ -123,3 +123,40 @@ def test_skypilot_names_the_processes_to_each_other():
     for name in ("DREAMER_COORDINATOR", "DREAMER_PROCESSES", "DREAMER_PROCESS"):
         assert f"{name}=" in task["run"]
     assert "/shared" in task["volumes"]
+
+
+def serve_vllm(*arguments, gpu=False, folder):
+    """Run the script with a Python that has vLLM, or says so, and shows how it would be started."""
+    (folder / "python").write_text(
+        f"""#!/bin/bash
+case "$*" in *find_spec*) exit 0 ;; *is_available*) exit {int(not gpu)} ;; esac
+echo "$*"; echo "cache ${{VLLM_CPU_KVCACHE_SPACE:-none}}"
+"""
+    )
+    (folder / "python").chmod(0o755)
+    variables = {"DREAMER_PYTHON": str(folder / "python"), "PATH": os.environ["PATH"]}
+    command = [str(LAUNCH / "serve_vllm.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+
+
+def test_vllm_serves_an_export_with_flags_for_the_hardware(tmp_path):
+    export = tmp_path / "tiny-hf"
+    export.mkdir()
+    for name in ("config.json", "modeling_dreamer.py"):
+        (export / name).touch()
+    on_cpu = serve_vllm(export, 8001, "--max-num-seqs", 4, folder=tmp_path)
+    assert on_cpu.returncode == 0, on_cpu.stderr
+    assert f"--model {export} --model-impl transformers --trust-remote-code" in on_cpu.stdout
+    assert "--served-model-name tiny-hf --host 127.0.0.1 --port 8001" in on_cpu.stdout
+    assert on_cpu.stdout.endswith("--dtype float32 --block-size 32 --max-num-seqs 4\ncache 1\n")
+    on_gpu = serve_vllm(export, folder=tmp_path, gpu=True)
+    assert on_gpu.stdout.endswith("--port 8000 --dtype bfloat16\ncache none\n")
+
+
+def test_vllm_is_not_started_with_what_it_cannot_serve(tmp_path):
+    refused = serve_vllm(tmp_path, folder=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"'{tmp_path}' is no export (config.json is missing)" in refused.stderr
+    for name in ("config.json", "modeling_dreamer.py"):
+        (tmp_path / name).touch()
+    assert "'--dtype' is no port" in serve_vllm(tmp_path, "--dtype", folder=tmp_path).stderr

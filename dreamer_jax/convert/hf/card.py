@@ -94,7 +94,7 @@ A Dreamer language model ([arXiv 2601.21582](https://arxiv.org/abs/2601.21582)),
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 question = [{{"role": "user", "content": "What is 12 plus 30?"}}]
 prompt = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)

@@ -1,5 +1,7 @@
 """What transformers computes from an export, held to the oracle; only where PyTorch and transformers are installed."""
 
+import copy
+import inspect
 import sys
 
 import numpy as np
@@ -190,6 +192,32 @@ def test_in_bfloat16_the_router_biases_stay_float32(variant, expert_width):
     np.testing.assert_array_equal(bias.numpy(), export.weights[name].astype(np.float32))
     actual, expected = logits_of(model), expected_logits(export)
     assert np.median(np.abs(actual - expected)) < 0.03 * np.abs(expected).max()
+
+
+def test_routing_is_float32_in_a_model_of_bfloat16():
+    model = load(exported("DR+DA"), dtype=torch.bfloat16)
+    rotation = code_of(model).depth_rotations(model.config, model.config.router_size, torch.device("cpu"))[1]
+    x = torch.randn(1, 50, model.config.hidden_size, generator=torch.manual_seed(0)).bfloat16()
+    router = model.model.layers[0].ea.router
+    found, expected = router(x, rotation), copy.deepcopy(router).float()(x.float(), rotation)
+    assert found.scores.dtype == torch.float32
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_norms_that_stay_float32_are_none_that_vllm_replaces():
+    norms = [m for name, m in load(exported("DR+DA")).named_modules() if name.endswith(("q_norm", "k_norm"))]
+    assert len(norms) == 10
+    # vLLM takes a norm for one of its own if its only argument is a tensor.
+    assert {tuple(inspect.signature(type(norm).forward).parameters) for norm in norms} == {("self", "x", "rotation")}
+
+
+def test_there_is_a_slot_for_every_depth_and_sa_fills_the_first_ones():
+    model = load(export_of(odd_model("DR+DA")))
+    assert [slot.layer_idx for slot in model.model.slots] == [0, 1, 2, 3, 4]  # without a gap, vLLM wants them
+    cache = transformers.DynamicCache(config=model.config)
+    logits_of(model, past_key_values=cache)
+    assert [cache.get_seq_length(slot) for slot in range(5)] == [9, 9, 9, 9, 0]
 
 
 def test_of_equal_experts_the_lower_index_is_selected():

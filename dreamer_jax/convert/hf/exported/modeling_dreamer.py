@@ -81,6 +81,19 @@ class DreamerNorm(nn.Module):
         return (y * self.weight.float()).to(x.dtype)
 
 
+class DreamerTurningNorm(DreamerNorm):
+    """RMSNorm of queries and keys, which stays float32, with RoPE after it.
+
+    vLLM replaces norms that it recognises by its own, which rounds to the dtype of the weight. It does not recognise
+    this one, because of its second argument; that keeps routing in float32.
+    """
+
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Normalise the last axis, and turn it if there is a rotation."""
+        y = super().forward(x.float())
+        return y if rotation is None else rotation(y)
+
+
 class DreamerRouter(nn.Module):
     """Attention over learned keys of experts: selects by logit + bias, in float32; ties go to the lower index."""
 
@@ -90,8 +103,8 @@ class DreamerRouter(nn.Module):
         self.w_q = nn.Parameter(torch.empty(config.router_size, config.hidden_size))
         self.keys = nn.Parameter(torch.empty(experts, config.router_size))
         self.bias = nn.Parameter(torch.zeros(experts, dtype=torch.float32), requires_grad=False)
-        self.q_norm = DreamerNorm(config.router_size, config.rms_norm_eps)
-        self.k_norm = DreamerNorm(config.router_size, config.rms_norm_eps)
+        self.q_norm = DreamerTurningNorm(config.router_size, config.rms_norm_eps)
+        self.k_norm = DreamerTurningNorm(config.router_size, config.rms_norm_eps)
 
     def train(self, mode: bool = True) -> "DreamerRouter":
         """No gradient moves the bias; loading in another dtype makes a new parameter, which would ask for one."""
@@ -101,8 +114,8 @@ class DreamerRouter(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation) -> Route:
         """Select experts for each token of x [B, T, D]; the rotation is that of the depth."""
         with torch.autocast(x.device.type, enabled=False):
-            query = rotation(self.q_norm(functional.linear(x.float(), self.w_q.float())))
-            keys = self.k_norm(self.keys.float())
+            query = self.q_norm(functional.linear(x.float(), self.w_q.float()), rotation)
+            keys = self.k_norm(self.keys)
             logits = functional.linear(query, keys) / math.sqrt(keys.shape[-1])
             ids = best(logits.detach() + self.bias.float(), self.active)
             return Route(ids, logits.sigmoid().gather(-1, ids))
@@ -163,8 +176,8 @@ class DreamerProjections(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         width, fused = config.hidden_size, (heads + 2 * kv_heads) * head_dim
         self.norm = DreamerNorm(width, config.rms_norm_eps)
-        self.q_norm = DreamerNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = DreamerNorm(head_dim, config.rms_norm_eps)
+        self.q_norm = DreamerTurningNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = DreamerTurningNorm(head_dim, config.rms_norm_eps)
         self.router = None
         if config.depth_recurrent:
             self.router = DreamerRouter(config, config.num_attention_experts, 1)
@@ -187,8 +200,7 @@ class DreamerProjections(nn.Module):
         route = None if self.router is None else self.router(x, step.in_router)
         heads = self.project(self.qkv_proj, x, route).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], -2)
-        q, k = rotation(self.q_norm(q.float())).to(x.dtype), rotation(self.k_norm(k.float())).to(x.dtype)
-        return q, k, v, route
+        return self.q_norm(q, rotation).to(x.dtype), self.k_norm(k, rotation).to(x.dtype), v, route
 
 
 class DreamerSequenceAttention(DreamerProjections):
@@ -382,7 +394,8 @@ class DreamerModel(DreamerPreTrainedModel):
             raise ValueError(f"depth is {depth}, but this model has {config.trained_depth} layers of its own; leave it")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DreamerLayer(config, i) for i in range(1 if config.depth_recurrent else depth))
-        self.slots = nn.ModuleList(DreamerAttentionSlot(config, i) for i in range(len(config.depths_of("sa"))))
+        # Those beyond the depths of SA are not used; but vLLM asks for one for each depth.
+        self.slots = nn.ModuleList(DreamerAttentionSlot(config, i) for i in range(depth))
         self.norm = DreamerNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -419,7 +432,7 @@ class DreamerModel(DreamerPreTrainedModel):
         over_sequence = sequence_rotation(position_ids, config.head_dim, config.rope_theta)
         in_router = depth_rotations(config, config.router_size, x.device)
         over_depth = depth_rotations(config, config.depth_head_dim, x.device)
-        slots = dict(zip(config.depths_of("sa"), self.slots, strict=True))
+        slots = dict(zip(config.depths_of("sa"), self.slots, strict=False))
         earlier: dict[int, tuple[Tensor, Tensor]] = {}
         hidden = [x]
         for depth in range(config.num_hidden_layers):
