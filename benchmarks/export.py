@@ -34,7 +34,15 @@ def write_random(config: Config) -> None:
 
     random = np.random.default_rng(0)
     _, params, biases = taken_apart(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
-    params, biases = jax.tree.map(lambda a: jnp.asarray(random.random(a.shape, np.float32)), (params, biases))
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        """Matrices around 0, norms around 1."""
+        numbers = random.random(shape, np.float32)
+        numbers -= 0.5
+        numbers *= 0.1
+        return numbers if len(shape) > 1 else numbers + 1
+
+    params, biases = jax.tree.map(lambda a: jnp.asarray(draw(a.shape)), (params, biases))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, biases, (), zero, zero)
     with Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
