@@ -36,10 +36,10 @@ def write_random(config: Config) -> None:
     _, params, biases = taken_apart(nnx.eval_shape(lambda: Dreamer(config.model, nnx.Rngs(0))))
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
-        """Matrices around 0, norms around 1."""
+        """Matrices around 0, about as large as at the start of a training; norms around 1."""
         numbers = random.random(shape, np.float32)
         numbers -= 0.5
-        numbers *= 0.1
+        numbers *= 0.05
         return numbers if len(shape) > 1 else numbers + 1
 
     params, biases = jax.tree.map(lambda a: jnp.asarray(draw(a.shape)), (params, biases))

@@ -43,8 +43,9 @@ class Limits(NamedTuple):
 
 LIMITS = {
     "float32": Limits(difference=1e-3, kl=1e-6, top1=0.999, experts=0.999),
-    # Where two experts are all but equal, rounding decides, and one token's logits then differ by much.
-    "bfloat16": Limits(difference=float("inf"), kl=0.05, top1=0.9, experts=0.9),
+    # Where two experts are all but equal, rounding decides, and one token's logits then differ by much. Where a model
+    # has not learned much, so are likely tokens: at its start, DR+DA of 32 depths keeps 86 % of them.
+    "bfloat16": Limits(difference=float("inf"), kl=0.05, top1=0.7, experts=0.9),
 }
 """By the type of the converted model's computation; the other one computes in float32."""
 Figures = dict[str, float]

@@ -53,7 +53,7 @@ def test_the_figures_are_written_and_said_even_where_they_are_beyond_a_limit(tmp
         write_parity(tmp_path, by, figures)
     written = json.loads((tmp_path / "parity.json").read_text())
     assert written["bfloat16"] == figures["bfloat16"]
-    assert written["limits"]["bfloat16"] == {"difference": None, "kl": 0.05, "top1": 0.9, "experts": 0.9}
+    assert written["limits"]["bfloat16"] == {"difference": None, "kl": 0.05, "top1": 0.7, "experts": 0.9}
     assert spoken(by, figures).splitlines() == [
         "parity (the other against the one):",
         "  bfloat16  logits 0.5 of 2, KL 0.25, top-1 50.00%, experts ea 75.00%",
