@@ -79,7 +79,7 @@ def model_of(case: Case) -> Dreamer:
 def figures_of(case: Case, dtypes: tuple[str, ...]) -> dict[str, Figures]:
     """By the type in which transformers computes; the model computes in float32 and is not merged."""
     model = model_of(case)
-    tokens = sample_tokens(model.config.vocab, 512, None)
+    tokens = sample_tokens(Config(name="model", model=model.config), None)
     expected = computed(model, tokens)
     form = model.merged() if case.merged else model
     with tempfile.TemporaryDirectory() as scratch:

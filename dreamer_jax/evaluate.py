@@ -137,7 +137,8 @@ def evaluate(arguments: Arguments) -> int:
     run = run_folder(arguments.checkpoint)
     if len(arguments.depth) > 1:
         print(write_depths(folders, [task.name for task in tasks], folders[0].parent))
-    given = shlex.quote(str(arguments.out or run))
+    own = folders[-1] if arguments.depth_rope_scaling is not None else run  # these do not lie among the run's others
+    given = shlex.quote(str(arguments.out or own))
     print(f"next: python -m dreamer_jax.evaluate --compare {given} --compare ANOTHER")
     return 0
 

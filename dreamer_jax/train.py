@@ -66,7 +66,7 @@ def run(config: Config) -> int:
         return code
     print(f"trained {config.model.variant} to step {summary.step} in {minutes:.1f} minutes")
     if summary.train_loss is not None:
-        print(f"  training loss    {summary.train_loss:.4f} nats per token (last batch)")
+        print(f"  training loss    {summary.train_loss:.4f} nats per token ({last_batch(config, summary.step)})")
     if summary.validation_loss is not None:
         print(f"  validation loss  {summary.validation_loss:.4f} nats per token")
     print(f"  unigram entropy  {summary.unigram_entropy:.4f} nats per token (what token frequencies alone reach)")
@@ -74,6 +74,13 @@ def run(config: Config) -> int:
     print(f"wrote {config.run_dir}: checkpoints, config.json, tokenizer, metrics.jsonl, tensorboard")
     print(f'next: python -m dreamer_jax.generate --checkpoint {config.run_dir} --prompt "..."')
     return 0
+
+
+def last_batch(config: Config, step: int) -> str:
+    """What the training loss is of: with random depths, also of which one."""
+    from dreamer_jax.training.depths import depth_of
+
+    return f"last batch, at depth {depth_of(config, step)}" if config.train.depths else "last batch"
 
 
 def benchmarks(config: Config) -> "Look | None":

@@ -6,10 +6,12 @@ python -m dreamer_jax.convert --from safetensors --source DIR --out RUN
 python -m dreamer_jax.convert --from hf --source DIR --out RUN
 """
 
+import contextlib
 import dataclasses
 import functools
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +35,7 @@ from dreamer_jax.convert.hf.stock import (
 )
 from dreamer_jax.convert.hf.weights import Target, targets
 from dreamer_jax.convert.model import build, named_arrays
-from dreamer_jax.convert.parity import PARITY, ParityError
+from dreamer_jax.convert.parity import PARITY
 from dreamer_jax.convert.safetensors import (
     CONFIG,
     RUN_CONFIG,
@@ -124,17 +126,28 @@ def export(checkpoint: Path, out: Path, arguments: Arguments) -> int:
     write_whole(out / RUN_CONFIG, to_json(loaded.config))
     save_safetensors(out, loaded.config.model, arrays, model.is_merged)  # last: what has a config.json is whole
     if arguments.parity:
-        try:
+        with _withdrawn(out, CONFIG, WEIGHTS):
             print(checks.of_export(out, loaded.model, loaded.config, loaded.tokenizer_path, "safetensors"))
-        except ParityError:
-            (out / CONFIG).unlink()
-            raise
     form = "merged" if model.is_merged else "original"
     count = sum(array.size for array in arrays.values())
     beside = "config" if loaded.tokenizer_path is None else "config, tokenizer"
     print(f"wrote {out}: {len(arrays)} arrays of step {loaded.step} ({form}, {count:,} numbers), {beside}")
     print(f"next: python -m dreamer_jax.convert --from safetensors --source {out} --out RUN")
     return 0
+
+
+@contextlib.contextmanager
+def _withdrawn(out: Path, *written: str) -> Iterator[None]:
+    """After an error, remove what was written: a conversion that failed leaves nothing that looks whole."""
+    try:
+        yield
+    except BaseException:
+        for name in written:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+        raise
 
 
 def export_to_transformers(checkpoint: Path, out: Path, arguments: Arguments) -> int:
@@ -177,7 +190,7 @@ def export_as_stock(checkpoint: Path, out: Path, arguments: Arguments) -> int:
     loaded = load_model(checkpoint)
     config, tokenizer = loaded.config, loaded.tokenizer_path
     check_stock(config.model)
-    tokens = sample_tokens(config.model.vocab, config.data.context, tokenizer)
+    tokens = sample_tokens(config, tokenizer)
     calibration, arrays = calibrate(loaded.model, tokens), named_arrays(loaded.model)
     print(calibration.change)
     check_change(calibration.change, arguments.stock_limit)
@@ -301,7 +314,8 @@ def _write_run(
         load_tokenizer(tokenizer, run_config.data.special_tokens)  # a damaged one is refused now
     save_model(out, run_config, build(run_config.model, arrays), tokenizer)
     if check:
-        print(check())
+        with _withdrawn(out, "checkpoints", "config.json"):
+            print(check())
     print(f"wrote {out}: checkpoint 0 with {len(arrays)} arrays, config.json{', tokenizer' if tokenizer else ''}")
     print("the optimizer's state is new: an export has none")
     print(f'next: python -m dreamer_jax.generate --checkpoint {out} --prompt "..."')

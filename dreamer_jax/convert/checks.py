@@ -1,6 +1,5 @@
 """The parity of each conversion: which two models are compared, and by what they are computed."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +8,12 @@ import numpy as np
 from jaxtyping import Int
 
 from dreamer_jax.config import Config
-from dreamer_jax.convert.hf.parity import can_run, compare_export, computed_by_transformers, versions
+from dreamer_jax.convert.hf.parity import can_run, compare_export, computed_by_transformers, form_of, versions
 from dreamer_jax.convert.hf.source import load_hf
 from dreamer_jax.convert.model import build
-from dreamer_jax.convert.parity import LIMITS, Computed, Figures, Limits, compare, spoken, write_parity
+from dreamer_jax.convert.parity import LIMITS, Computed, Figures, compare, spoken, write_parity
 from dreamer_jax.convert.safetensors import load_safetensors
-from dreamer_jax.convert.sample import computed, sample_tokens
+from dreamer_jax.convert.sample import computed, reference, sample_tokens
 from dreamer_jax.model.dreamer import Dreamer
 from dreamer_jax.training.checkpoint import load_model
 
@@ -38,22 +37,24 @@ def of_export(
     Raises:
         ParityError: they differ by more than rounding does.
     """
-    tokens = sample_tokens(config.model.vocab, config.data.context, tokenizer_path)
-    expected = computed(model, tokens)
+    tokens = sample_tokens(config, tokenizer_path)
     if form == "hf":
-        rounded = dict.fromkeys(LIMITS, LIMITS["bfloat16"]) if _is_rounded(folder) else LIMITS
+        expected = reference(model, tokens, form_of(folder))
         if can_run():
-            return compare_export(folder, tokens, expected, rounded)
+            return compare_export(folder, tokens, expected)
         source = load_hf(folder)
         again = build(source.config.model, source.arrays, merged=source.merged)
-        return _in_jax(folder, expected, again, tokens, CHECKPOINT, READ_BACK, rounded)
-    shape, arrays, merged = load_safetensors(folder)
-    again = build(shape, arrays, merged=merged)
+    else:
+        expected = computed(model, tokens)
+        shape, arrays, merged = load_safetensors(folder)
+        again = build(shape, arrays, merged=merged)
     return _in_jax(folder, expected, again, tokens, CHECKPOINT, READ_BACK)
 
 
 def of_stock_export(folder: Path, model: Dreamer, tokens: Int[np.ndarray, "B T"]) -> str:
     """Compare a stock export with its checkpoint, if transformers is installed; returns the figures in words.
+
+    It is an approximation, so the limits are those of rounding to bfloat16.
 
     Args:
         folder: the export, where parity.json is written.
@@ -88,7 +89,7 @@ def of_run(
     """
     loaded = load_model(run)
     config = loaded.config
-    tokens = sample_tokens(config.model.vocab, config.data.context, loaded.tokenizer_path)
+    tokens = sample_tokens(config, loaded.tokenizer_path)
     by = f"the {'merged' if merged else 'original'} weights in JAX"
     if form == "hf" and can_run():
         depth = config.model.depth if config.model.depth_recurrent else None
@@ -105,14 +106,8 @@ def _in_jax(
     tokens: Int[np.ndarray, "B T"],
     reference: str,
     converted: str,
-    limits: Mapping[str, Limits] = LIMITS,
 ) -> str:
     by = {"reference": reference, "converted": converted}
-    figures: dict[str, Figures] = {dtype: compare(expected, computed(model, tokens, dtype)) for dtype in limits}
-    write_parity(folder, by, figures, limits)
+    figures: dict[str, Figures] = {dtype: compare(expected, computed(model, tokens, dtype)) for dtype in LIMITS}
+    write_parity(folder, by, figures)
     return spoken(by, figures)
-
-
-def _is_rounded(folder: Path) -> bool:
-    """Whether an export's weights are bfloat16."""
-    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16")

@@ -52,7 +52,14 @@ Figures = dict[str, float]
 
 
 def compare(expected: Computed, actual: Computed) -> Figures:
-    """How far apart two models are: `difference`, `largest_logit`, `kl`, `top1` and `KIND_experts`."""
+    """How far apart two models are: `difference`, `largest_logit`, `kl`, `top1` and `KIND_experts`.
+
+    Raises:
+        ParityError: they are models of different shapes.
+    """
+    shapes = [_shapes(computed) for computed in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        raise ParityError(f"these are different models: {shapes[0]} and {shapes[1]}; give an export of this checkpoint")
     p, q = (_log_softmax(np.asarray(logits, np.float64)) for logits in (expected.logits, actual.logits))
     figures = {
         "difference": float(np.abs(expected.logits - actual.logits).max()),
@@ -61,6 +68,12 @@ def compare(expected: Computed, actual: Computed) -> Figures:
         "top1": float((p.argmax(-1) == q.argmax(-1)).mean()),
     }
     return figures | {f"{kind}_experts": _common(ids, actual.experts[kind]) for kind, ids in expected.experts.items()}
+
+
+def _shapes(computed: Computed) -> dict[str, tuple[int, ...]]:
+    """Of the logits, and of each kind's experts: [l, B, T, A]."""
+    experts = {kind: (*ids.shape[:3], ids[0, 0, 0].size) for kind, ids in sorted(computed.experts.items())}
+    return {"logits": computed.logits.shape, **experts}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

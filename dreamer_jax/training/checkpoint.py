@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -366,12 +367,13 @@ def _check(where: Path, saved: dict[str, tuple[int, ...]], expected: dict[str, t
 
 def _read_array(item: Path, name: str) -> np.ndarray:
     """An array that Orbax wrote, one chunk after another: Orbax itself has all chunks in memory beside the array."""
-    kvstore = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"}
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}, "path": f"{name}/"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
     array = np.empty(stored.shape, stored.dtype.numpy_dtype)
-    rows = int((stored.chunk_layout.read_chunk.shape or [None])[0] or 1)
-    for at in range(0, len(array), rows):
-        array[at : at + rows] = stored[at : at + rows].read().result()
+    chunk: Any = stored.chunk_layout.read_chunk.shape
+    for corner in itertools.product(*(range(0, *ends) for ends in zip(array.shape, chunk, strict=True))):
+        part = tuple(slice(at, at + size) for at, size in zip(corner, chunk, strict=True))
+        array[part] = stored[part].read().result()
     return array
 
 

@@ -294,7 +294,9 @@ class _Run:
         depth = depth_of(self.config, step)
         if depth not in self.step_programs:
             self.group.beat(f"step {step}", slow=True)
-            started, in_between = time.monotonic(), bool(self.step_programs)
+            if in_between := bool(self.step_programs):
+                jax.block_until_ready(state)  # the step before counts in the speed, compiling does not
+            started = time.monotonic()
             self.step_programs[depth] = self.compiled(self.make_step(depth), state, batch)
             if in_between:
                 seconds = time.monotonic() - started

@@ -130,6 +130,17 @@ def test_an_export_that_computes_something_else_does_not_look_whole(form, fresh,
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_run_that_computes_something_else_does_not_stay(fresh, tmp_path, capsys, monkeypatch):
+    out, back = tmp_path / "out", tmp_path / "back"
+    given = ["--from", "safetensors", "--source", str(out), "--out", str(back)]
+    assert main(["--checkpoint", str(fresh), "--to", "safetensors", "--out", str(out), "--no-parity"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setitem(parity.LIMITS, "float32", parity.Limits(difference=-1, kl=-1, top1=1, experts=1))
+        assert main(given) == 1
+    assert not (back / "checkpoints").exists()
+    assert main([*given, "--no-parity"]) == 0
+
+
 def test_the_card_has_the_scores_of_the_checkpoint_and_not_of_others(fresh, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(fresh, run)

@@ -7,12 +7,13 @@ import pytest
 
 from dreamer_jax import convert
 from dreamer_jax.config import Config
-from dreamer_jax.convert.hf.parity import compare_export, main
+from dreamer_jax.convert.hf.parity import compare_export, form_of, main
 from dreamer_jax.convert.parity import LIMITS, Computed, Limits, ParityError, beyond, compare, spoken, write_parity
+from dreamer_jax.convert.sample import Form, reference
 from dreamer_jax.training.checkpoint import save_model
 from tests import oracle
 from tests.convert.hf.exports import TOKENS, experts_of, export_of, float32, odd_model, rows
-from tests.models import sizes_of
+from tests.models import sizes_of, small
 
 LOOSE = Limits(difference=2, kl=0.5, top1=0.5, experts=0.5)  # random weights are no trained ones
 
@@ -44,6 +45,39 @@ def test_each_limit_is_named_and_what_is_no_number_exceeds_it():
         "the likeliest token agrees for 50.0% (limit 90.0%)",
         "ea selects the same experts for 90.0% (limit 95.0%)",
     ]
+
+
+def test_different_models_cannot_be_compared():
+    one = Computed(np.zeros((1, 2, 5)), {"ea": np.zeros((3, 1, 2, 4), int)})
+    for other in (
+        one._replace(experts={}),
+        one._replace(experts={"ea": np.zeros((3, 1, 2, 5), int)}),
+        one._replace(experts={"ea": np.zeros((1, 1, 2, 4), int)}),
+        one._replace(logits=np.zeros((1, 2, 6))),
+    ):
+        with pytest.raises(ParityError, match="these are different models"):
+            compare(one, other)
+
+
+def test_a_rounded_export_is_held_to_rounded_weights(tmp_path):
+    model = convert.build(small("DR+DA"), float32(oracle.random_weights(sizes_of(small("DR+DA")), seed=4)))
+    exact, rounded = (reference(model, TOKENS, Form(dtype, merged=True)) for dtype in ("float32", "bfloat16"))
+    again = reference(model.merged(), TOKENS, Form("float32"))
+    assert beyond(compare(exact, again), LIMITS["float32"]) == []
+    assert beyond(compare(exact, rounded), LIMITS["float32"]) != []
+
+
+def test_the_form_of_an_export_is_read_and_a_stock_one_refused(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "dreamer", "dtype": "bfloat16", "merged": true}')
+    assert form_of(tmp_path) == Form("bfloat16", merged=True)
+    for text, message in (
+        ('{"model_type": "glm4_moe", "dtype": "float32"}', "is of type 'glm4_moe'"),
+        ("[]", "export"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ParityError, match=message):
+            form_of(tmp_path)
 
 
 def test_the_figures_are_written_and_said_even_where_they_are_beyond_a_limit(tmp_path):
@@ -84,6 +118,7 @@ def test_an_export_equals_its_checkpoint_and_not_another(tmp_path, capsys):
 
 
 def test_what_is_no_sample_is_said_to_be_none(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "dreamer", "dtype": "float32"}')
     (tmp_path / "sample").write_bytes(b"PK\x03\x04")
     assert main(["--folder", str(tmp_path), "--sample", str(tmp_path / "sample")]) == 1
     assert "is no sample that --checkpoint wrote" in capsys.readouterr().err

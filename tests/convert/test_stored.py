@@ -8,6 +8,7 @@ import pytest
 from dreamer_jax import convert
 from dreamer_jax.config import Config
 from dreamer_jax.convert.stored import StoredArrays
+from dreamer_jax.training import checkpoint
 from dreamer_jax.training.checkpoint import CheckpointError, Checkpoints, Saved, save_model, saved
 from tests import oracle
 from tests.convert.hf.exports import float32, odd_model
@@ -50,3 +51,14 @@ def test_a_damaged_array_is_named_when_it_is_read(run, monkeypatch):
         arrays = StoredArrays(found, merged=False)
         np.asarray(arrays["embed"])
         np.asarray(arrays["lm_head"])
+
+
+def test_an_array_in_chunks_along_any_axis_is_read_whole_from_a_folder_with_an_odd_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 300)
+    config = Config(name="50%25 #x", out=str(tmp_path / "a b"), model=small("LA"))
+    built = convert.build(config.model, float32(oracle.random_weights(sizes_of(config.model), seed=2)))
+    save_model(config.run_dir, config, built, None)
+    with saved(config.run_dir) as found:
+        arrays = StoredArrays(found, merged=False)
+        for name, expected in convert.named_arrays(built).items():
+            np.testing.assert_array_equal(arrays[name], expected, err_msg=name)

@@ -62,6 +62,7 @@ def training_facts(config: Config, step: int | None) -> dict[str, object]:
     return {
         "Optimizer steps": f"{steps:,}",
         "Tokens seen": f"{steps * config.tokens_per_step:,} at most ({config.tokens_per_step:,} a step)",
+        "Depths of steps": config.train.depths or config.model.depth,
         "Context": config.data.context,
         "Data": sources or f"prepared, {config.data.prepared}",
         "Loss": "on responses" if config.data.response_only else "on all tokens",

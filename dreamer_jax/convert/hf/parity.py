@@ -4,11 +4,13 @@ python -m dreamer_jax.convert.hf.parity --checkpoint RUN --folder EXPORT
 
 writes parity.json into the export, and fails where the two differ by more than a limit. Where JAX and PyTorch are not
 on one machine, `--checkpoint RUN --sample FILE.npz` writes what the checkpoint computes, and
-`--folder EXPORT --sample FILE.npz` compares with it.
+`--folder EXPORT --sample FILE.npz` compares with it. The sample of an export in bfloat16 is written with
+`--dtype bfloat16`, and with `--merged` if it is merged.
 """
 
 import argparse
 import importlib.util
+import json
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -18,8 +20,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from dreamer_jax.convert.hf.export import MODEL_TYPE
 from dreamer_jax.convert.parity import LIMITS, Computed, Figures, Limits, ParityError, compare, spoken, write_parity
-from dreamer_jax.convert.sample import computed, sample_tokens
+from dreamer_jax.convert.sample import Form, reference, sample_tokens
 from dreamer_jax.door import guarded
 from dreamer_jax.training.checkpoint import load_model
 
@@ -80,6 +83,12 @@ def compare_export(
 ) -> str:
     """Compare in each type that has limits and write parity.json into the export; returns the figures in words.
 
+    Args:
+        folder: the export.
+        tokens: of the sample.
+        expected: by `reference` with the form of the export.
+        limits: by the type in which transformers computes.
+
     Raises:
         ParityError: a figure beyond its limit, named; parity.json is written all the same.
     """
@@ -91,48 +100,82 @@ def compare_export(
     return spoken(by, figures)
 
 
+def form_of(folder: Path) -> Form:
+    """The form of an export.
+
+    Raises:
+        ParityError: it is none of this program, or is one that only approximates its checkpoint.
+    """
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind, form = fields["model_type"], Form(fields["dtype"], fields.get("merged", False))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParityError(f"'{path}' is not the config of an export ({error}); export the model again") from error
+    if kind != MODEL_TYPE:
+        raise ParityError(f"'{folder}' is of type '{kind}', which is at best near its checkpoint; give one of --to hf")
+    return form
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compute, compare, print the figures."""
     description, _, rest = (__doc__ or "").partition("\n\n")
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=form)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=layout)
     parser.add_argument("--checkpoint", type=Path, help="the run folder, or one of its checkpoints")
     parser.add_argument("--folder", type=Path, help="the export")
     parser.add_argument("--sample", type=Path, help="an .npz file of what the checkpoint computes")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the export, for a sample"
+    )
+    parser.add_argument("--merged", action="store_true", help="whether the export is, for a sample")
     parsed: Any = parser.parse_args(arguments)
     if sum(given is not None for given in (parsed.checkpoint, parsed.folder, parsed.sample)) != 2:
         parser.error("give two of --checkpoint, --folder, --sample")
-    return guarded(lambda: run(parsed.checkpoint, parsed.folder, parsed.sample), doing="--sample")
+    form = Form(parsed.dtype, parsed.merged)
+    return guarded(lambda: run(parsed.checkpoint, parsed.folder, parsed.sample, form), doing="--sample")
 
 
-def run(checkpoint: Path | None, folder: Path | None, sample: Path | None) -> int:
-    """Write a sample, or compare an export with a checkpoint or with a sample of it."""
-    tokens, expected = _read_sample(sample) if checkpoint is None and sample else _sample_of(checkpoint)
+def run(checkpoint: Path | None, folder: Path | None, sample: Path | None, form: Form) -> int:
+    """Write a sample for exports of a form, or compare an export with a checkpoint or with a sample of it."""
     if folder is None:
+        assert checkpoint is not None
         assert sample is not None
-        arrays: dict[str, Any] = {f"{kind}_ids": ids for kind, ids in expected.experts.items()}
-        with sample.open("wb") as file:  # given a path, NumPy would add an ending to it
-            np.savez(file, tokens=tokens, logits=expected.logits, **arrays)
+        _write_sample(sample, form, *_sample_of(checkpoint, form))
         print(f"wrote {sample}\nnext: python -m dreamer_jax.convert.hf.parity --folder EXPORT --sample {sample}")
         return 0
+    form = form_of(folder)
+    if checkpoint is not None:
+        tokens, expected = _sample_of(checkpoint, form)
+    else:
+        assert sample is not None
+        tokens, expected = _read_sample(sample, form)
     print(compare_export(folder, tokens, expected))
     return 0
 
 
-def _sample_of(checkpoint: Path | None) -> tuple[np.ndarray, Computed]:
-    assert checkpoint is not None
+def _sample_of(checkpoint: Path, form: Form) -> tuple[np.ndarray, Computed]:
     loaded = load_model(checkpoint)
-    tokens = sample_tokens(loaded.config.model.vocab, loaded.config.data.context, loaded.tokenizer_path)
-    return tokens, computed(loaded.model, tokens)
+    tokens = sample_tokens(loaded.config, loaded.tokenizer_path)
+    return tokens, reference(loaded.model, tokens, form)
 
 
-def _read_sample(path: Path) -> tuple[np.ndarray, Computed]:
+def _write_sample(path: Path, form: Form, tokens: np.ndarray, expected: Computed) -> None:
+    arrays: dict[str, Any] = {f"{kind}_ids": ids for kind, ids in expected.experts.items()}
+    with path.open("wb") as file:  # given a path, NumPy would add an ending to it
+        np.savez(file, form=[form.dtype, str(form.merged)], tokens=tokens, logits=expected.logits, **arrays)
+
+
+def _read_sample(path: Path, form: Form) -> tuple[np.ndarray, Computed]:
     try:
         with path.open("rb") as file, np.load(file) as opened:
             arrays = dict(opened)
-        tokens, logits = arrays.pop("tokens"), arrays.pop("logits")
+        tokens, logits, (dtype, merged) = (arrays.pop(name) for name in ("tokens", "logits", "form"))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise ParityError(f"'{path}' is no sample that --checkpoint wrote ({error}); write it again") from error
+    if form.dtype != dtype or (form.dtype == "bfloat16" and str(form.merged) != merged):
+        flags = f"--dtype {form.dtype}{' --merged' if form.merged else ''}"
+        raise ParityError(f"'{path}' is for another form of export; write it with {flags}")
     return tokens, Computed(logits, {name.removesuffix("_ids"): ids for name, ids in arrays.items()})
 
 

@@ -133,7 +133,7 @@ class Calibration(NamedTuple):
     biases: Float[np.ndarray, "L E"]
     """What GLM-4 MoE calls `e_score_correction_bias`: b'."""
     change: Change
-    """Measured on the tokens that they were fitted to."""
+    """Measured on other tokens than those that they were fitted to."""
 
 
 class Routed(NamedTuple):
@@ -155,12 +155,12 @@ class Fit(NamedTuple):
 
 
 def calibrate(model: Dreamer, tokens: Int[np.ndarray, "B T"]) -> Calibration:
-    """Fit the stock routers of LA, and measure what changes.
+    """Fit the stock routers of LA to every other row, and measure on the rest what changes.
 
     Args:
         model: an LA.
-        tokens: text as the model will see it, rows that are one document each, without padding; hundreds of
-            tokens at least.
+        tokens: text as the model will see it, two rows or more that are one document each, without padding; hundreds
+            of tokens at least.
 
     Raises:
         StockError: the model is no LA, or differs from it.
@@ -169,22 +169,22 @@ def calibrate(model: Dreamer, tokens: Int[np.ndarray, "B T"]) -> Calibration:
     config = model.config
     check_stock(config)
     check_tokens(tokens, config.vocab)
-    arrays, routed = named_arrays(model), _routed(model, tokens)
-    layers = [_stock_router(config, arrays, routed, l) for l in range(config.depth)]
+    arrays, (given, held_out) = named_arrays(model), (_routed(model, tokens[i::2]) for i in (0, 1))
+    layers = [_stock_router(config, arrays, given, held_out, l) for l in range(config.depth)]
     gates, biases, weights = (np.stack(parts) for parts in zip(*layers, strict=True))
-    return Calibration(gates, biases, selection_change(routed.weights, weights))
+    return Calibration(gates, biases, selection_change(held_out.weights, weights))
 
 
 def _stock_router(
-    config: ModelConfig, arrays: Mapping[str, Any], routed: Routed, l: int
+    config: ModelConfig, arrays: Mapping[str, Any], given: Routed, held_out: Routed, l: int
 ) -> tuple[Float[np.ndarray, "E D"], Float[np.ndarray, "E"], Float[np.ndarray, "S E"]]:
-    """Layer l's gate, its b', and the weights that these give to the experts, computed in float32."""
+    """Layer l's gate and its b', and the weights that these give to the experts on held-out rows, in float32."""
     norm, b = (np.asarray(arrays[f"layers.{l}.ea.{name}"]) for name in ("norm", "router.bias"))
-    inputs, folded = normalised(routed.stream[l], config.norm_epsilon) * norm, folded_router(config, arrays, l)
-    active = config.ea.active_experts
-    fit = fitted(inputs @ folded.T, routed.logits[l], b, routed.weights[l], active)
+    inputs, others = (normalised(rows.stream[l], config.norm_epsilon) * norm for rows in (given, held_out))
+    folded, active = folded_router(config, arrays, l), config.ea.active_experts
+    fit = fitted(inputs @ folded.T, given.logits[l], b, given.weights[l], active)
     gate, bias = (fit.scale * folded).astype(np.float32), fit.bias.astype(np.float32)
-    return gate, bias, stock_weights(inputs @ gate.T, bias, active)
+    return gate, bias, stock_weights(others @ gate.T, bias, active)
 
 
 def _routed(model: Dreamer, tokens: Int[np.ndarray, "B T"]) -> Routed:

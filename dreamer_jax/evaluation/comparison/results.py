@@ -149,7 +149,7 @@ def read_items(folder: Path) -> Items:
 
 def evaluate_command(path: Path) -> str:
     """What makes the evaluations of a run, or of the run that a folder of an evaluation lies in."""
-    run = path.parent.parent if path.parent.name == "evaluation" else path
+    run = path.parent.parent if path.parent.name.startswith("evaluation") else path
     return f"python -m dreamer_jax.evaluate --checkpoint {shlex.quote(str(run))} --data ROOT --all"
 
 
