@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -135,6 +137,8 @@ def finetune(asked: argparse.Namespace) -> None:
         eval_dataset=validation or None,
         data_collator=collated,
         callbacks=callbacks,
+        preprocess_logits_for_metrics=answer_losses,
+        compute_metrics=answer_loss,
     )
     check_devices(trainer.args, asked.biases)
     if validation:
@@ -420,13 +424,26 @@ def shift(counts: Tensor, rate: float) -> Tensor:
 def measured(trainer: Trainer, load: RouterLoad) -> str:
     """The loss on held-out answers, and how evenly the routers of each kind spread its tokens, in words."""
     load.taken(training=False)
-    loss = trainer.evaluate()["eval_loss"]
+    loss = trainer.evaluate()["eval_answer_loss"]
     counts = load.taken(training=False)
     kinds: dict[str, list[Tensor]] = {}
     for name, router in counts.items():
         kinds.setdefault(name.split(".")[-2], []).append(router.double())
     said = [f"{kind} {mean(map(gini, of))} ({mean(map(busiest, of))})" for kind, of in sorted(kinds.items())]
     return f"loss {loss:.4f}; Gini coefficient of load (busiest expert over mean): {', '.join(said)}"
+
+
+def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss summed over the answer, and the answer's tokens [B, 2], of logits [B, T, V] and labels [B, T]."""
+    asked = labels[:, 1:]
+    losses = cross_entropy(logits[:, :-1].mT.float(), asked, ignore_index=UNLEARNED, reduction="none")
+    return torch.stack([losses.sum(1), (asked != UNLEARNED).sum(1)], dim=1)
+
+
+def answer_loss(found: EvalPrediction) -> dict[str, float]:
+    """The mean over all answer tokens. Trainer's own is one of batch means, and so depends on the batches."""
+    loss, tokens = found.predictions.sum(0)
+    return {"answer_loss": float(loss / tokens)}
 
 
 def mean(values: Any) -> str:

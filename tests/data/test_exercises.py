@@ -68,14 +68,14 @@ def test_nothing_in_a_task_is_run():
         ("p_hop(hop=3)", "has no setting 'hop'; it has asked, hops, length, seed, spelling, test_hops, test_size"),
         ("p_hop(hops=(0, 3))", r"'p_hop\(hops=\(0, 3\)\)': hops\.0: Input should be greater than or equal to 1"),
         ("p_hop(hops=(4, 3))", "hops: the first of"),
-        ("p_hop(hops=(40, 50))", r"': length = \(64, 128\) is too short for 50 hops"),
+        ("p_hop(hops=(40, 50))", r"': length = \(64, 128\) is too short for hops = \(40, 50\): 50 hops lead back 150"),
         ("p_hop(seed=-1)", "seed = -1 must be a whole number that is not negative"),
         ("p_hop(seed=True)", "seed = True must be"),
     ],
 )
 def test_a_task_or_setting_that_cannot_be_used_is_named_with_what_there_is(task: str, cause: str):
     with pytest.raises(DataError, match=cause):
-        generated("two_hop", task)
+        generated("dag_mod7", task)
 
 
 def test_settings_reach_the_generators():
@@ -83,6 +83,15 @@ def test_settings_reach_the_generators():
     assert {prompt.count("+") + prompt.count(" - ") for prompt in sums} == {4}
     hops = {found.document.prompt.split()[0] for found in generated("p_hop(hops=(2, 3))")}
     assert hops == {"p=2", "p=3"}
+
+
+def test_a_list_is_as_good_as_a_tuple():
+    lists, tuples = (
+        family_task(f"p_hop(hops={one}, test_hops={other})") for one, other in ([[1, 8], [9]], ["(1, 8)", "(9,)"])
+    )
+    assert lists == tuples
+    assert lists is not None
+    hash(lists.settings)
 
 
 def test_a_task_of_reasoning_gym_without_settings_gives_what_it_always_gave():
@@ -114,7 +123,7 @@ def test_only_a_finite_family_may_leave_the_number_of_documents_out():
     graph = "two_hop(entities=20, relations=6, out_degree=4, compositions=2.0)"
     whole = Counter(found.split for found in generated(graph, count=0))
     assert whole["train"] == 20 * 4 * 3
-    assert Counter(found.split for found in generated(graph, count=30)) == {"train": 30, "validation": 3}
+    assert Counter(found.split for found in generated(graph, count=90)) == {"train": 90, "validation": 9}
     for task in ("lcm", "p_hop"):
         with pytest.raises(DataError, match=f"'x': documents_per_task must be positive for task '{task}'"):
             generated(graph, task, count=0)

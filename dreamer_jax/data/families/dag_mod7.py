@@ -7,19 +7,24 @@ two earlier variables. Nothing is multiplied by another variable or by 0: where 
 and all answers are nearly equally frequent. The variable that is asked for depends on at least half as many others as
 there are definitions, so that several values must be kept until they are used.
 
+Two problems are the same if they differ only in the names of variables, in the order of lines or of what is added, or
+in which of several variables with the same definition is meant. In this sense no problem of the training is in a test.
+
 The family follows no paper. Arithmetic modulo a small prime over a graph of dependencies, answered in one token, is
 common in work on what models compute without writing it down.
 """
 
+import hashlib
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dreamer_jax.data.document import Document
-from dreamer_jax.data.families.parts import Part, part_of
+from dreamer_jax.data.families.parts import Part, distinct, part_of
 from dreamer_jax.data.families.settings import STRICT, Range, Size
 
 MODULUS = 7
@@ -45,11 +50,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what no single setting shows."""
-        most = max(self.definitions[1], self.test_definitions[1])
-        if self.definitions[0] < 2:
-            raise ValueError(f"definitions = {self.definitions}: one alone depends on no other; begin with 2")
-        if most > self.names:
-            raise ValueError(f"names = {self.names} do not suffice for {most} definitions")
+        for name, (least, most) in {
+            "definitions": self.definitions,
+            "test_definitions": self.test_definitions,
+        }.items():
+            if least < 2:
+                raise ValueError(f"{name} = {(least, most)}: one alone depends on no other; begin with 2")
+            if most > self.names:
+                raise ValueError(
+                    f"names = {self.names} do not suffice for {name} = {(least, most)}: give names = {most} or more, "
+                    f"or lower {name}"
+                )
 
 
 class Definition(NamedTuple):
@@ -90,37 +101,73 @@ def values(definitions: Sequence[Definition]) -> list[int]:
     return found
 
 
+def read(prompt: str) -> Problem:
+    """The problem of a text, whatever the order of its lines."""
+    *lines, question = prompt.split(" ; ")
+    texts = dict(line.split(" = ") for line in lines)
+    waiting = {name: [term for term in text.split() if term in texts] for name, text in texts.items()}
+    place: dict[str, int] = {}
+    while len(place) < len(texts):
+        ready = [name for name in texts if name not in place and place.keys() >= set(waiting[name])]
+        place |= {name: len(place) + i for i, name in enumerate(ready)}
+    return Problem(tuple(_definition_of(texts[name], place) for name in place), place[question.removeprefix("? ")])
+
+
+def _definition_of(text: str, place: Mapping[str, int]) -> Definition:
+    """What stands after the = of a line, with the places of the variables before it."""
+    terms = text.split()
+    operands = tuple(place[term] for term in terms if term in place)
+    number = 0 if len(operands) == 2 else int(terms[-1])
+    return Definition(terms[1] if operands else "", operands, number)
+
+
 def shape_of(prompt: str) -> Shape:
     """What the text of a problem asks for, whatever the order of its definitions."""
-    *lines, question = prompt.split(" ; ")
-    needs = {name: [w for w in text.split() if w[0] == "v"] for name, text in (line.split(" = ") for line in lines)}
-    depth: dict[str, int] = {}
-    while len(depth) < len(needs):
-        known = {name for name, others in needs.items() if depth.keys() >= set(others)} - depth.keys()
-        depth |= {name: max((depth[other] + 1 for other in needs[name]), default=0) for name in known}
-    query = question.removeprefix("? ")
-    reached = {query}
-    for name in sorted(needs, key=depth.__getitem__, reverse=True):
-        reached |= set(needs[name]) if name in reached else set()
-    return Shape(len(lines), depth[query], len(reached) - 1)
+    definitions, query = read(prompt)
+    depth: list[int] = []
+    behind: list[set[int]] = []
+    for made in definitions:
+        depth.append(max((depth[i] + 1 for i in made.operands), default=0))
+        behind.append(set(made.operands).union(*(behind[i] for i in made.operands)))
+    return Shape(len(definitions), depth[query], len(behind[query]))
+
+
+def same(document: Document) -> str:
+    """A key that is equal for two documents with the same problem."""
+    return _key(read(document.prompt))
+
+
+def _key(problem: Problem) -> str:
+    """Digests of what is asked for and of all definitions, each with those behind it in the place of their names."""
+    found: list[str] = []
+    for operator, operands, number in problem.definitions:
+        terms = [found[operand] for operand in operands]
+        if operator == "+":
+            terms.sort()
+        text = f"{operator} {terms} {number}"
+        found.append(hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
+    return " ".join([found[problem.query], *sorted(found)])
 
 
 def train(settings: Settings, count: int, seed: int) -> Iterator[Document]:
     """So many documents of all numbers of definitions."""
-    return _documents(settings, settings.definitions, count, seed, "train")
+    return itertools.islice(_documents(settings, settings.definitions, seed, "train"), count)
 
 
 def validation(settings: Settings, count: int, seed: int) -> Iterator[Document]:
     """So many documents as those of the training, and none of them."""
-    return _documents(settings, settings.definitions, count, seed, "validation")
+    return itertools.islice(_documents(settings, settings.definitions, seed, "validation"), count)
 
 
 def tests(settings: Settings, seed: int) -> dict[str, list[Document]]:
-    """Documents by their number of definitions, as definitions=8: those of the training, then the further ones."""
+    """Documents by their number of definitions, as definitions=8: those of the training, then the further ones.
+
+    No problem comes twice, so that tests of 2 or 3 definitions may have fewer documents than `test_size`.
+    """
     ranges = (settings.definitions, settings.test_definitions)
     every = dict.fromkeys(n for low, high in ranges for n in range(low, high + 1))
-    found = {n: _documents(settings, (n, n), settings.test_size, seed, "tests") for n in every}
-    return {f"definitions={n}": list(documents) for n, documents in found.items()}
+    drawn = {n: _documents(settings, (n, n), seed, "tests") for n in every}
+    return {f"definitions={n}": distinct(of, settings.test_size, same) for n, of in drawn.items()}
 
 
 def words(settings: Settings) -> tuple[str, ...]:
@@ -129,18 +176,15 @@ def words(settings: Settings) -> tuple[str, ...]:
     return (*(f"v{n}" for n in range(1, settings.names + 1)), *numbers, "=", "+", "-", "*", ";", "?")
 
 
-def _documents(
-    settings: Settings, definitions: tuple[int, int], count: int, seed: int, part: Part
-) -> Iterator[Document]:
-    """Documents of a part of all problems."""
+def _documents(settings: Settings, definitions: tuple[int, int], seed: int, part: Part) -> Iterator[Document]:
+    """Endless documents of a part of all problems. Of 2 definitions each part has some, of more it has many more."""
     draw = random.Random(f"{seed} {part} {definitions}")  # single numbers come faster from it than from NumPy
-    for _ in range(count):
-        problem = _problem(draw, draw.randint(*definitions))
-        answer = str(values(problem.definitions)[problem.query])
-        prompt = _written(problem, settings, draw)
-        while part_of(prompt) != part:
-            prompt = _written(problem, settings, draw)
-        yield Document(prompt, answer)
+    while True:
+        size = draw.randint(*definitions)
+        problem = _problem(draw, size)
+        while part_of(_key(problem)) != part:
+            problem = _problem(draw, size)
+        yield Document(_written(problem, settings, draw), str(values(problem.definitions)[problem.query]))
 
 
 def _problem(draw: random.Random, size: int) -> Problem:

@@ -22,7 +22,9 @@ further. Among independent letters of an alphabet of 4 a quarter of all chains w
 would be no harder than 8.
 """
 
+import itertools
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Annotated, Literal
 
 import numpy as np
@@ -31,8 +33,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dreamer_jax.data.document import Document
-from dreamer_jax.data.families.parts import PARTS, Part, part_of
-from dreamer_jax.data.families.settings import STRICT, Range, Size
+from dreamer_jax.data.families.parts import PARTS, Part, distinct, part_of
+from dreamer_jax.data.families.settings import LISTED, STRICT, Range, Size
+from dreamer_jax.data.files import DataError
 
 LETTERS = ("a", "b", "c", "d")
 NONE = "-"
@@ -42,6 +45,8 @@ ANSWERS = (*(letter.upper() for letter in LETTERS), NONE)
 BROKEN = len(LETTERS)
 MEAN_HOP = 3
 """Positions that a hop leads back on average: a letter comes again after 4 positions."""
+TRIES = 100_000
+"""Sequences that are drawn for a document, before there is held to be none."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -55,7 +60,7 @@ class Settings:
     asked: Literal["all", "ends"] = "all"
     """Where answers are asked for: after each letter, or only where no later hop leads to. These are 3 in a sequence,
     each at the end of a chain of its own, and no answer tells anything of another's chain."""
-    test_hops: Annotated[tuple[Size, ...], Field(max_length=100)] = (18, 20, 22, 24)
+    test_hops: Annotated[tuple[Size, ...], Field(max_length=100), LISTED] = (18, 20, 22, 24)
     """Further p to test with, beside all those of the training."""
     test_size: Size = 200
     """Documents of each test."""
@@ -65,11 +70,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what no single setting shows."""
-        most = max(self.hops[1], *self.test_hops, 1)
-        if self.length[1] < MEAN_HOP * most:
+        asked = {"hops": max(self.hops), "test_hops": max(self.test_hops, default=0)}
+        name = max(asked, key=asked.__getitem__)
+        needed = MEAN_HOP * asked[name]
+        if self.length[1] < needed:
             raise ValueError(
-                f"length = {self.length} is too short for {most} hops, which lead back {MEAN_HOP * most} letters on "
-                f"average: the greatest length must be as long at least"
+                f"length = {self.length} is too short for {name} = {getattr(self, name)}: {asked[name]} hops lead back "
+                f"{needed} letters on average; give a greatest length of {needed} or more, or lower {name}"
             )
 
 
@@ -93,17 +100,18 @@ def answers(letters: Int[np.ndarray, "N"], hops: int) -> Int[np.ndarray, "N"]:
 
 def train(settings: Settings, count: int, seed: int) -> Iterator[Document]:
     """So many documents, each with its own p."""
-    return _documents(settings, settings.hops, count, seed, "train")
+    return itertools.islice(_documents(settings, settings.hops, seed, "train"), count)
 
 
 def validation(settings: Settings, count: int, seed: int) -> Iterator[Document]:
     """So many documents as those of the training, and none of them."""
-    return _documents(settings, settings.hops, count, seed, "validation")
+    return itertools.islice(_documents(settings, settings.hops, seed, "validation"), count)
 
 
 def tests(settings: Settings, seed: int) -> dict[str, list[Document]]:
-    """Documents of each p by its name, such as p=16: those of the training, then `test_hops`."""
-    return {f"p={p}": list(_documents(settings, (p, p), settings.test_size, seed, "tests")) for p in _tested(settings)}
+    """Documents of each p by its name, such as p=16: those of the training, then `test_hops`. None comes twice."""
+    drawn = {p: _documents(settings, (p, p), seed, "tests") for p in _tested(settings)}
+    return {f"p={p}": distinct(of, settings.test_size, attrgetter("given")) for p, of in drawn.items()}
 
 
 def words(settings: Settings) -> tuple[str, ...]:
@@ -117,18 +125,36 @@ def _tested(settings: Settings) -> list[int]:
     return list(dict.fromkeys([*range(settings.hops[0], settings.hops[1] + 1), *settings.test_hops]))
 
 
-def _documents(settings: Settings, hops: tuple[int, int], count: int, seed: int, part: Part) -> Iterator[Document]:
-    """Documents of a part of all sequences. Each has an answer that is asked for: others are drawn again."""
+def _documents(settings: Settings, hops: tuple[int, int], seed: int, part: Part) -> Iterator[Document]:
+    """Endless documents of a part of all sequences.
+
+    Each p is drawn once, so all are equally frequent. Only the sequence is drawn again until it fits.
+    """
     draw = np.random.default_rng([seed, PARTS.index(part), *hops])
-    while count:
-        p, length = (int(draw.integers(low, high + 1)) for low, high in (hops, settings.length))
-        letters = _sequence(draw, length)
-        if part_of("".join([LETTERS[letter] for letter in letters.tolist()])) != part:
-            continue
-        found, places = answers(letters, p), _places(letters, settings)
-        if (found[places] != BROKEN).any():
-            count -= 1
-            yield _document(_number(p, settings), letters, places, found[places])
+    while True:
+        p = int(draw.integers(hops[0], hops[1] + 1))
+        letters = _fitting(draw, settings, p, part)
+        places = _places(letters, settings)
+        yield _document(_number(p, settings), letters, places, answers(letters, p)[places])
+
+
+def _fitting(draw: np.random.Generator, settings: Settings, p: int, part: Part) -> Int[np.ndarray, "N"]:
+    """A sequence of the part in which a chain has p hops.
+
+    Some answer is then asked for, even with `asked="ends"`: the chain goes on to an end, which has p hops as well.
+
+    Raises:
+        DataError: there is none, or next to none.
+    """
+    for _ in range(TRIES):
+        letters = _sequence(draw, int(draw.integers(settings.length[0], settings.length[1] + 1)))
+        text = "".join([LETTERS[letter] for letter in letters.tolist()])
+        if part_of(text) == part and (answers(letters, p) != BROKEN).any():
+            return letters
+    raise DataError(
+        f"p_hop: of {TRIES} sequences of length = {settings.length} none is for {part} and has a chain of {p} hops: "
+        f"give a greater length"
+    )
 
 
 def _sequence(draw: np.random.Generator, length: int) -> Int[np.ndarray, "N"]:

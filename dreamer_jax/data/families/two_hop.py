@@ -91,10 +91,12 @@ def compositions(settings: Settings, seed: int) -> dict[str, Compositions]:
     trained = round(settings.compositions * len(facts.head))
     kept = np.flatnonzero(~first_is & ~second_is)
     if trained >= len(kept):
+        most = max(len(kept) - 1, 0) * 1000 // len(facts.head) / 1000
+        remedy = f"give at most compositions = {most:g}, or" if most else "give"
         raise DataError(
             f"two_hop: {settings.compositions:g} compositions for each of {len(facts.head)} facts are {trained}, and "
-            f"of facts that are not held out there are {len(kept)}: give compositions less than "
-            f"{len(kept) / len(facts.head):.1f}, or a greater out_degree"
+            f"of facts that are not held out there are {len(kept)}, of which one at least must be left to test with: "
+            f"{remedy} a greater out_degree or a smaller held_out"
         )
     chosen = {
         "train": kept[:trained],
@@ -107,11 +109,19 @@ def compositions(settings: Settings, seed: int) -> dict[str, Compositions]:
 
 
 def train(settings: Settings, count: int, seed: int) -> Iterator[Document]:
-    """All facts and the compositions that are trained on, in random order; at most `count`, where it is not 0."""
+    """All facts, then the compositions that are trained on, in random order; `count` in all, where it is not 0.
+
+    Raises:
+        DataError: `count` does not suffice for the facts, all of which the tests put together.
+    """
     facts = graph(settings, seed)
-    found = [*_facts(facts), *_composed(facts, compositions(settings, seed)["train"])]
-    order = np.random.default_rng([seed, 2]).permutation(len(found))
-    return (found[i] for i in order[: count or None])
+    if 0 < count < len(facts.head):
+        raise DataError(
+            f"two_hop: {count} documents do not hold the {len(facts.head)} facts, which the tests ask for: give "
+            f"documents_per_task = {len(facts.head)} or more, or 0 for all documents"
+        )
+    found = itertools.chain(_facts(facts), _composed(facts, compositions(settings, seed)["train"]))
+    return itertools.islice(found, count or None)
 
 
 def validation(settings: Settings, count: int, seed: int) -> Iterator[Document]:

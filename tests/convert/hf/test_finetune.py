@@ -280,6 +280,19 @@ def test_load_is_measured_as_in_pre_training():
     assert float(script.busiest(torch.tensor(counts).double())) == pytest.approx(2.5)
 
 
+def test_the_held_out_loss_is_the_mean_over_answer_tokens_however_they_are_batched():
+    torch.manual_seed(0)
+    batch = script.collated([script.example(tokenizer(), row["question"], row["answer"]) for row in ROWS])
+    logits, labels = torch.randn(*batch["labels"].shape, 300), batch["labels"]
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    for size in (1, 3, 4):
+        pairs = zip(logits.split(size), labels.split(size), strict=True)
+        sums = np.concatenate([script.answer_losses(*pair).numpy() for pair in pairs])
+        assert sums.shape == (4, 2)
+        found = script.answer_loss(SimpleNamespace(predictions=sums))
+        assert found == {"answer_loss": pytest.approx(float(expected), rel=1e-5)}
+
+
 # The whole way.
 
 
@@ -289,6 +302,8 @@ def test_all_weights_learn_but_biases_and_the_run_comes_back(data, capsys):
     before, after = (float(said.split(f"{when}: loss ")[1].split(";")[0]) for when in ("before", "after"))
     assert after < before - 0.5
     config, _, folder = exported("DR+DA")
+    batch = script.collated([script.example(tokenizer(), row["question"], row["answer"]) for row in ROWS])
+    assert before == pytest.approx(load(folder)(**batch).loss.item(), abs=1e-3)  # answers differ in length
     original, tuned = tensors_of(folder), tensors_of(out)
     assert {name for name in original if np.array_equal(original[name], tuned[name])} == set(biases_of(folder))
     back = load_hf(out)

@@ -99,3 +99,56 @@ def test_all_names_are_used_and_no_document_uses_one_twice():
         assert len(definitions) == document.prompt.count(";")
         names.update(list(definitions))
     assert names.keys() == {f"v{n}" for n in range(1, 21)}
+
+
+def test_a_problem_is_the_same_with_other_names_and_in_another_order():
+    one = "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 + v2 ; v4 = 5 ; ? v3"
+    again = "v4 = 5 ; v9 = v7 + v8 ; v7 = v8 * 2 ; v8 = 3 ; ? v9"
+    others = (
+        "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 + v2 ; v4 = 5 ; ? v2",
+        "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 + v2 ; v4 = 6 ; ? v3",
+        "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 - v2 ; v4 = 5 ; ? v3",
+        "v1 = 3 ; v2 = v1 * 2 ; v3 = v2 - v1 ; v4 = 5 ; ? v3",
+        "v1 = 3 ; v2 = v1 * 2 ; v3 = v4 + v2 ; v4 = 5 ; ? v3",
+    )
+    key, same, *different = (dag_mod7.same(Document(prompt, "")) for prompt in (one, again, *others))
+    assert key == same
+    assert len({key, *different}) == 6
+
+
+@pytest.mark.parametrize("order", ["topological", "shuffled"])
+def test_no_problem_of_a_test_is_trained_on_under_other_names_or_in_another_order(order: str):
+    def without_names(document: Document) -> str:
+        """The text, its lines in an order that follows from the question, its names by their first place in it."""
+        definitions, query = parsed(document)
+        known: dict[str, str] = {}
+        lines, waiting = [], [query]
+        while waiting:
+            name = waiting.pop()
+            if name not in known:
+                known[name] = f"x{len(known)}"
+                lines.append(name)
+                waiting += [word for word in definitions[name] if word in definitions]
+        assert len(known) == len(definitions)
+        return " ; ".join(" ".join([known[n], *(known.get(word, word) for word in definitions[n])]) for n in lines)
+
+    def is_used(document: Document) -> bool:
+        definitions, query = parsed(document)
+        return len(behind(definitions, query)) == len(definitions) - 1
+
+    settings = dag_mod7.Settings(definitions=(2, 3), test_definitions=(3, 3), order=order)
+    train = {without_names(document) for document in dag_mod7.train(settings, 2000, 1) if is_used(document)}
+    tests = [document for documents in dag_mod7.tests(settings, 1).values() for document in documents]
+    assert len(train) > 600
+    assert len(tests) > 100
+    assert not train & {without_names(document) for document in tests if is_used(document)}
+
+
+def test_each_part_has_problems_of_two_definitions_and_all_of_them_once_in_its_test():
+    settings = dag_mod7.Settings(definitions=(2, 2), test_definitions=(3, 3), test_size=30)
+    every = [{dag_mod7.same(d) for d in part(settings, 900, 1)} for part in (dag_mod7.train, dag_mod7.validation)]
+    tests = dag_mod7.tests(settings, 1)
+    every.append({dag_mod7.same(document) for document in tests["definitions=2"]})
+    assert sum(map(len, every)) == len(set.union(*every)) == 7 * 17
+    assert list(map(len, every)) == [98, 8, 13]
+    assert len(tests["definitions=3"]) == 30

@@ -15,7 +15,7 @@ SMALL = {
     "dag_mod7": {"definitions": (2, 4), "test_definitions": (5, 6), "test_size": 15},
 }
 CROWDED = {
-    "p_hop": {"hops": (1, 1), "length": (4, 7), "test_hops": (), "test_size": 50},
+    "p_hop": {"hops": (1, 1), "length": (4, 5), "test_hops": (), "test_size": 200},
     "dag_mod7": {"definitions": (2, 2), "test_definitions": (2, 2), "test_size": 100, "names": 8},
 }
 """So few different documents that parts drawn at random would share some."""
@@ -30,16 +30,16 @@ def small(request: pytest.FixtureRequest) -> tuple[Family, object]:
 
 def every_document(family: Family, settings: object, seed: int) -> list[Document]:
     tests = family.tests(settings, seed).values()
-    return [*family.train(settings, 200, seed), *family.validation(settings, 50, seed), *itertools.chain(*tests)]
+    return [*family.train(settings, 300, seed), *family.validation(settings, 50, seed), *itertools.chain(*tests)]
 
 
 def test_the_same_seed_gives_the_same_documents_and_another_seed_others(small: tuple[Family, object]):
     family, settings = small
     assert every_document(family, settings, 1) == every_document(family, settings, 1)
     for part in (family.train, family.validation):
-        one, other = ([document.given for document in part(settings, 40, seed)] for seed in (1, 2))
-        assert len(one) == len(other) == 40
-        assert len(set(one) & set(other)) < 20
+        one, other = (list(part(settings, 160, seed)) for seed in (1, 2))
+        assert len(one) == len(other)
+        assert len(set(one) & set(other)) < len(one) // 2
     one_test, another = (next(iter(family.tests(settings, seed).values())) for seed in (1, 2))
     assert one_test != another
 
@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_documents_and_another_seed_others(small: t
 def test_fewer_documents_are_the_first_of_more(small: tuple[Family, object]):
     family, settings = small
     for part in (family.train, family.validation):
-        assert list(part(settings, 20, 1)) == list(part(settings, 50, 1))[:20]
+        assert list(part(settings, 160, 1)) == list(part(settings, 250, 1))[:160]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -55,8 +55,24 @@ def test_no_test_asks_for_what_is_trained_on_or_for_what_another_asks(name: str)
     family = FAMILIES[name]
     settings = family.settings(**CROWDED.get(name, SMALL[name]))
     train, validation = list(family.train(settings, 500, 1)), list(family.validation(settings, 100, 1))
-    check_disjoint(train, family.tests(settings, 1))
-    check_disjoint(train, {"validation": validation})
+    check_disjoint(train, family.tests(settings, 1), family.same)
+    check_disjoint(train, {"validation": validation}, family.same)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_test_asks_for_the_same_twice_and_it_is_smaller_where_there_is_too_little(name: str):
+    family = FAMILIES[name]
+    settings = family.settings(**CROWDED.get(name, SMALL[name]))
+    for documents in family.tests(settings, 1).values():
+        assert 0 < len({family.same(document) for document in documents}) == len(documents)
+        assert name == "two_hop" or len(documents) < settings.test_size
+
+
+def test_what_is_the_same_is_for_the_family_to_say():
+    one, other = Document("a b", ""), Document("b a", "")
+    check_disjoint([one], {"x": [other]})
+    with pytest.raises(DataError, match="the test x has a document that the training documents have as well: 'b a'"):
+        check_disjoint([one], {"x": [other]}, lambda document: " ".join(sorted(document.given)))
 
 
 def test_a_document_in_two_parts_is_found_whatever_is_answered():
@@ -97,10 +113,26 @@ def test_the_texts_of_documents_are_words_with_a_space_between(small: tuple[Fami
         ("p_hop", {"hops": (3, 1)}, r"the first of \(3, 1\) must not be greater than the second"),
         ("p_hop", {"hops": (0, 3)}, "greater than or equal to 1"),
         ("p_hop", {"hops": 4}, "valid tuple"),
-        ("p_hop", {"test_hops": (50,)}, r"length = \(64, 128\) is too short for 50 hops, which lead back 150"),
+        (
+            "p_hop",
+            {"hops": (1, 8), "length": (8, 23)},
+            r"length = \(8, 23\) is too short for test_hops = \(18, 20, 22, 24\): 24 hops lead back 72 letters on "
+            r"average; give a greatest length of 72 or more, or lower test_hops",
+        ),
+        (
+            "p_hop",
+            {"test_hops": (50,)},
+            r"too short for test_hops = \(50,\): 50 hops lead back 150.* or lower test_hops",
+        ),
+        ("p_hop", {"length": (8, 23), "test_hops": ()}, r"for hops = \(1, 16\): 16 hops lead back 48 .* lower hops"),
         ("p_hop", {"spelling": "digits"}, "'word' or 'marks'"),
         ("dag_mod7", {"definitions": (1, 8)}, "one alone depends on no other; begin with 2"),
-        ("dag_mod7", {"names": 12}, "names = 12 do not suffice for 16 definitions"),
+        ("dag_mod7", {"test_definitions": (1, 8)}, r"test_definitions = \(1, 8\): one alone depends on no other"),
+        (
+            "dag_mod7",
+            {"names": 8},
+            r"names = 8 do not suffice for test_definitions = \(9, 16\): give names = 16 or more, or lower test_def",
+        ),
         ("dag_mod7", {"names": True}, "valid integer"),
     ],
 )

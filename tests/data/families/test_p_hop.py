@@ -8,6 +8,7 @@ import pytest
 
 from dreamer_jax.data.document import Document
 from dreamer_jax.data.families import p_hop
+from dreamer_jax.data.files import DataError
 
 SETTINGS = p_hop.Settings()
 
@@ -58,6 +59,21 @@ def test_every_letter_is_asked_of_and_lengths_and_hops_are_those_of_the_settings
     for _, letters, answered in found:
         assert sorted(answered) == list(range(len(letters)))
         assert any(answer != "-" for answer in answered.values())
+
+
+def test_each_p_is_as_frequent_as_the_others_where_most_sequences_are_too_short_for_it():
+    settings = p_hop.Settings(hops=(1, 8), length=(8, 24), test_hops=())
+    counts = Counter(read(document)[0] for document in p_hop.train(settings, 800, 1))
+    assert counts.keys() == set(range(1, 9))
+    assert all(70 < count < 130 for count in counts.values())
+
+
+def test_too_many_sequences_that_do_not_fit_are_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(p_hop, "TRIES", 2)
+    settings = p_hop.Settings(hops=(24, 24), length=(60, 72))
+    cause = r"of 2 sequences of length = \(60, 72\) none is for validation and has a chain of 24 hops: give a greater"
+    with pytest.raises(DataError, match=cause):
+        list(p_hop.validation(settings, 100, 1))
 
 
 def test_letters_are_equally_frequent_and_never_twice_in_a_row():

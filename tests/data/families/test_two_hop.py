@@ -81,10 +81,20 @@ def test_validation_is_the_beginning_of_the_test_in_distribution(tests: dict[str
     assert list(two_hop.validation(SETTINGS, 30, SEED)) == tests["in_distribution"][:30]
 
 
-def test_a_part_of_the_training_has_facts_and_compositions_in_their_proportion():
-    some = list(two_hop.train(SETTINGS, 1600, SEED))
-    assert 140 < len(facts_of(some)) < 260
-    assert len(some) == 1600
+def test_a_part_of_the_training_has_all_facts_and_then_compositions(train: list[Document]):
+    some = list(two_hop.train(SETTINGS, 2500, SEED))
+    assert facts_of(some) == facts_of(train)
+    assert len(facts_of(some)) == 2000
+    assert len(compositions_of(some)) == 500
+    assert some == train[:2500]
+
+
+def test_fewer_documents_than_facts_are_refused():
+    assert len(list(two_hop.train(SETTINGS, 2000, SEED))) == 2000
+    with pytest.raises(
+        DataError, match=r"1999 documents do not hold the 2000 facts, .* documents_per_task = 2000 or m"
+    ):
+        two_hop.train(SETTINGS, 1999, SEED)
 
 
 def test_another_seed_is_another_graph_with_other_facts_held_out():
@@ -93,9 +103,30 @@ def test_another_seed_is_another_graph_with_other_facts_held_out():
         assert (array != changed).mean() > 0.05
 
 
-def test_more_compositions_than_the_graph_has_are_refused():
-    with pytest.raises(DataError, match=r"19000, and of facts that are not held out there are 18\d\d\d: give composit"):
-        next(two_hop.train(two_hop.Settings(compositions=9.5), 0, SEED))
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        (
+            {"compositions": 9.5},
+            r"are 19000, and of facts that are not held out there are 18\d\d\d, .* greater out_degree",
+        ),
+        (
+            {"entities": 2, "relations": 1, "out_degree": 1},
+            r"there are 0, of which one at least must be left to test with: give a greater out_degree or a small",
+        ),
+    ],
+)
+def test_more_compositions_than_the_graph_has_are_refused(values: dict[str, float], cause: str):
+    with pytest.raises(DataError, match=cause):
+        two_hop.train(two_hop.Settings(**values), 0, SEED)
+
+
+def test_the_number_of_compositions_that_the_message_gives_is_accepted():
+    values = {"entities": 50, "relations": 6, "out_degree": 3}
+    with pytest.raises(DataError) as refused:
+        two_hop.train(two_hop.Settings(**values, compositions=5.0), 0, SEED)
+    most = float(str(refused.value).split("compositions = ")[1].split(",")[0])
+    assert two_hop.tests(two_hop.Settings(**values, compositions=most), SEED)["in_distribution"]
 
 
 def test_guessing_from_a_part_of_the_prompt_is_of_little_use(train: list[Document], tests: dict[str, list[Document]]):
