@@ -1,0 +1,72 @@
+"""LA, DR and DR+DA of equal cost on a family of generated tasks (docs/evidence.md).
+
+    python -m benchmarks.evidence two_hop --out DIR [--seeds 0 1 2] [--variants LA DR DR+DA] [--small] [--minutes N]
+    python -m benchmarks.evidence two_hop --out DIR --pilot       # learning rates, of one seed
+    python -m benchmarks.evidence two_hop --out DIR --report      # the report of what is there, no training
+
+Runs that are done are left as they are, and those that were ended go on.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+from dreamer_jax.door import guarded
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, and carry out what is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("family", choices=("two_hop", "p_hop", "dag_mod7"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of runs; each family has one in it")
+    parser.add_argument("--results", type=Path, help="where reports go; benchmarks/results, or with --small --out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=[], help="all by default")
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="runs at a time, each on a core of its own")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
+    parser.add_argument("--small", action="store_true", help="everything within minutes, which proves nothing")
+    parser.add_argument("--pilot", action="store_true", help="short runs at several learning rates")
+    parser.add_argument("--report", action="store_true", help="only write the report")
+    given = parser.parse_args(arguments)
+    return guarded(lambda: carried_out(given), doing="--out")
+
+
+def default_jobs() -> int:
+    """One on a GPU, which a single process takes; otherwise one for each core."""
+    return 1 if Path("/dev/nvidia0").exists() else len(os.sched_getaffinity(0))
+
+
+def carried_out(given: argparse.Namespace) -> int:
+    """Train what is not trained, and write the report; returns the exit code."""
+    # Late, so that --help does not wait for them.
+    from benchmarks.evidence import campaign
+    from benchmarks.evidence.report import pilot_table, write_report
+    from benchmarks.evidence.setup import checked_variants, matches, pilots_of, runs_of, setup_of
+
+    setup = setup_of(given.family, given.small)
+    variants = checked_variants(setup, given.variants)
+    out = given.out / (given.family + ("-small" if given.small else ""))
+    runs = pilots_of(setup, variants) if given.pilot else runs_of(setup, given.seeds, variants)
+    print("\n".join(matches(setup, setup.all_widths)), flush=True)
+    campaign.check_folders(setup, runs, out)
+    failed = []
+    if not given.report:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: the runs save what they have
+        start = campaign.in_processes(out, small=given.small, jobs=given.jobs)
+        failed = campaign.carried_out(setup, runs, out, start, jobs=given.jobs, minutes=given.minutes)
+    if given.pilot:
+        print(pilot_table(setup, runs, out))
+    else:
+        print(f"report: {write_report(setup, runs, out, given.results or (given.out if given.small else RESULTS))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
