@@ -13,11 +13,9 @@ from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.accuracy import (
     Question,
     Score,
-    arrays_of,
     check_tests,
     documents_of,
     questions_of,
-    rows_of,
     scores,
 )
 from benchmarks.evidence.findings import (
@@ -38,6 +36,7 @@ from dreamer_jax.data.families.p_hop import NONE
 from dreamer_jax.data.files import DataError
 from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import load_tokenizer, word_tokenizer
+from dreamer_jax.inference.likelihood import packed, packed_arrays
 from tests.training.shared import train
 
 GRAPH = "two_hop(entities=20, relations=6, out_degree=4, compositions=2.0)"
@@ -233,7 +232,7 @@ def test_an_answer_is_right_where_the_token_before_it_foretells_it():
         Question("b", [1, 5, 6, 5, 7, 2], [2, 4], [False, True]),
         Question("a", [1, 5, 8, 2], [2], [False]),
     ]
-    rows = rows_of(questions, context=10)
+    rows = packed(questions, context=10)
     assert [len(row) for row in rows] == [2, 1]
     right = np.zeros((2, 10), bool)
     right[0, [1, 7]] = True  # the answer of the first document, and the second answer of the next
@@ -241,8 +240,8 @@ def test_an_answer_is_right_where_the_token_before_it_foretells_it():
 
 
 def test_documents_of_a_row_begin_at_position_0_in_segments_of_their_own():
-    rows = rows_of([Question("a", [1, 5, 6], [2], [False]), Question("a", [1, 7], [1], [False])], context=6)
-    tokens, positions, segments = arrays_of(rows, 2, 6)
+    rows = packed([Question("a", [1, 5, 6], [2], [False]), Question("a", [1, 7], [1], [False])], context=6)
+    tokens, positions, segments = packed_arrays(rows, 2, 6)
     assert tokens.tolist() == [[1, 5, 6, 1, 7, 0], [0] * 6]
     assert positions[0].tolist() == [0, 1, 2, 0, 1, 0]
     assert segments[0].tolist() == [1, 1, 1, 2, 2, 0]

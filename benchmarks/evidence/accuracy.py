@@ -21,7 +21,7 @@ from dreamer_jax.data.families.p_hop import NONE
 from dreamer_jax.data.template import Template
 from dreamer_jax.data.tokenizer import Tokenizer
 from dreamer_jax.inference.decoder import ROWS, Decoder, on_devices, on_hosts, read_packed
-from dreamer_jax.inference.likelihood import token_nats
+from dreamer_jax.inference.likelihood import packed, packed_arrays, token_nats
 
 Tests = Mapping[str, Sequence[Document]]
 """Documents by test."""
@@ -107,30 +107,6 @@ def _question(test: str, document: Document, tokenizer: Tokenizer, template: Tem
 Row = Sequence[Question]
 
 
-def rows_of(questions: Sequence[Question], context: int) -> Sequence[Row]:
-    """Questions one after another in rows of at most `context` tokens."""
-    rows: list[list[Question]] = []
-    room = 0
-    for question in questions:
-        if len(question.tokens) > room:
-            rows.append([])
-            room = context
-        rows[-1].append(question)
-        room -= len(question.tokens)
-    return rows
-
-
-def arrays_of(rows: Sequence[Row], count: int, context: int) -> tuple[Int[np.ndarray, "B T"], ...]:
-    """Tokens, positions and segment ids of rows, filled up with empty ones to `count`."""
-    tokens, positions, segments = (np.zeros((count, context), np.int32) for _ in range(3))
-    for row, questions in enumerate(rows):
-        for number, (start, question) in enumerate(_placed(questions), 1):
-            end = start + len(question.tokens)
-            tokens[row, start:end], segments[row, start:end] = question.tokens, number
-            positions[row, start:end] = np.arange(end - start)
-    return tokens, positions, segments
-
-
 def scores(rows: Sequence[Row], right: Bool[np.ndarray, "N T"]) -> dict[str, Score]:
     """The score of each test.
 
@@ -164,9 +140,9 @@ def _added(score: Score, hits: Sequence[bool], is_none: Sequence[bool]) -> Score
 def asked(decoder: Decoder, questions: Sequence[Question], context: int, batch: int) -> dict[str, Score]:
     """What a model makes of questions, `batch` rows of `context` tokens at a time (on a mesh: a multiple of it)."""
     count = -(-batch // decoder.parts) * decoder.parts
-    rows = rows_of(questions, context)
+    rows = packed(questions, context)
     right = [
-        np.asarray(_right(decoder, *arrays_of(rows[at : at + count], count, context)))
+        np.asarray(_right(decoder, *packed_arrays(rows[at : at + count], count, context)))
         for at in range(0, len(rows), count)
     ]
     return scores(rows, np.concatenate(right))

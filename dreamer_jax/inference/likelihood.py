@@ -1,7 +1,7 @@
 """How likely are given tokens: options after a shared prefix, which is read once, and whole texts in windows."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +170,7 @@ def text_likelihoods(
     rows = packed(pieces, context)
     for at in range(0, len(rows), batch):
         several = rows[at : at + batch]
-        nats = jax.device_get(_packed_nats(decoder, *_packed_arrays(several, batch, context)))
+        nats = jax.device_get(_packed_nats(decoder, *packed_arrays(several, batch, context)))
         for row, members in zip(nats, several, strict=False):
             end = 0
             for window in members:
@@ -192,9 +192,21 @@ def windows(text: int, tokens: Tokens, context: int, stride: int) -> Iterator[Wi
         end = following
 
 
-def packed(pieces: Sequence[Window], context: int) -> list[list[Window]]:
+@runtime_checkable
+class Piece(Protocol):
+    """What has tokens that are read in one."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """Not more than a row holds."""
+
+
+OnePiece = TypeVar("OnePiece", bound=Piece)
+
+
+def packed(pieces: Sequence[OnePiece], context: int) -> list[list[OnePiece]]:
     """Rows of at most `context` tokens, filled in order."""
-    rows: list[list[Window]] = []
+    rows: list[list[OnePiece]] = []
     room = 0
     for window in pieces:
         if len(window.tokens) > room:
@@ -205,7 +217,8 @@ def packed(pieces: Sequence[Window], context: int) -> list[list[Window]]:
     return rows
 
 
-def _packed_arrays(rows: Sequence[Sequence[Window]], batch: int, context: int) -> list[np.ndarray]:
+def packed_arrays(rows: Sequence[Sequence[Piece]], batch: int, context: int) -> list[np.ndarray]:
+    """Tokens, positions and segment ids [B, T] of rows, filled up with empty ones to `batch`."""
     tokens, positions, segments = (np.zeros((batch, context), np.int32) for _ in range(3))
     for row, members in enumerate(rows):
         at = 0

@@ -43,7 +43,14 @@ def model_card(config: Config, numbers: int, *, step: int | None, merged: bool, 
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     depth = DEPTH if model.depth_recurrent else ""
-    return CARD.format(name=config.name, table=table, depth=depth, evaluation=evaluation(scores))
+    return CARD.format(
+        name=config.name, table=table, depth=depth, evaluation=evaluation(scores), use=usage(remote_code=True)
+    )
+
+
+def usage(*, remote_code: bool) -> str:
+    """A section that tells how to run the model, by code in its folder or by that of transformers."""
+    return USE.format(trust=", trust_remote_code=True" if remote_code else "")
 
 
 def evaluation(scores: Sequence[Score]) -> str:
@@ -90,13 +97,19 @@ A Dreamer language model ([arXiv 2601.21582](https://arxiv.org/abs/2601.21582)),
 |---|---|
 {table}
 {evaluation}
-## Use
+{use}{depth}
+## Licence
+
+`configuration_dreamer.py` and `modeling_dreamer.py` are part of Dreamer JAX: Apache License 2.0. The weights and the
+tokenizer are under the terms of whoever trained them, and of the data.
+"""
+USE = """## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
 question = [{{"role": "user", "content": "What is 12 plus 30?"}}]
 prompt = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
 answer = model.generate(**prompt, max_new_tokens=100)[0, prompt["input_ids"].shape[1] :]
@@ -106,12 +119,8 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 It needs transformers 5.19 or newer. The chat template is the layout of the training documents: one question and its
 answer. A special token that is spelt out in a text becomes that token, as is usual in transformers; give
 `split_special_tokens=True` for texts of strangers.
-{depth}
-## Licence
-
-`configuration_dreamer.py` and `modeling_dreamer.py` are part of Dreamer JAX: Apache License 2.0. The weights and the
-tokenizer are under the terms of whoever trained them, and of the data.
 """
+"""How a folder is used; `trust` is what loads code from it."""
 EVALUATION = """
 ## Evaluation
 

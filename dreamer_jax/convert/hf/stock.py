@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dreamer_jax.config import Config, ModelConfig
-from dreamer_jax.convert.hf.card import Score, evaluation, training_facts
+from dreamer_jax.convert.hf.card import Score, evaluation, training_facts, usage
 from dreamer_jax.convert.hf.export import appearing, write_configs, write_tokenizer
 from dreamer_jax.convert.hf.weights import SHARD, Dtype, Target, write_targets
 from dreamer_jax.convert.model import named_arrays
@@ -470,7 +470,9 @@ def stock_card(
         **training_facts(config, step),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return CARD.format(name=config.name, table=table, change=change, evaluation=evaluation(scores))
+    return CARD.format(
+        name=config.name, table=table, change=change, evaluation=evaluation(scores), use=usage(remote_code=False)
+    )
 
 
 CARD = """---
@@ -495,23 +497,7 @@ Dreamer JAX and written as GLM-4 MoE.
 GLM-4 MoE routes tokens to experts by another rule than the model was trained with. On sample tokens
 {change}. All else is the same.
 {evaluation}
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-question = [{{"role": "user", "content": "What is 12 plus 30?"}}]
-prompt = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
-answer = model.generate(**prompt, max_new_tokens=100)[0, prompt["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))
-```
-
-It needs transformers 5.19 or newer. The chat template is the layout of the training documents: one question and its
-answer. A special token that is spelt out in a text becomes that token, as is usual in transformers; give
-`split_special_tokens=True` for texts of strangers.
-
+{use}
 ## Licence
 
 The weights and the tokenizer are under the terms of whoever trained them, and of the data.

@@ -35,7 +35,7 @@ def assert_equal(actual, expected):
 def tensors_in(file):
     """The tensors of a safetensors file."""
     with safe_open(file, "numpy") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        return {name: opened.get_tensor(name) for name in list(opened.keys())}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def example(variant="DR+DA"):
 def tensors_in(file):
     """The tensors of a safetensors file, as its own library reads them."""
     with safe_open(file, "numpy") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        return {name: opened.get_tensor(name) for name in list(opened.keys())}
 
 
 def expected_tensors(arrays):
@@ -77,7 +77,7 @@ def test_in_bfloat16_the_biases_are_float32(tmp_path):
     config, arrays = example()
     export_hf(config, arrays, None, tmp_path / "out", merged=False, dtype="bfloat16")
     with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as opened:
-        kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        kinds = {name: opened.get_slice(name).get_dtype() for name in list(opened.keys())}
     assert {name for name, kind in kinds.items() if kind == "F32"} == {n for n in kinds if n.endswith("router.bias")}
     assert set(kinds.values()) == {"F32", "BF16"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -18,8 +18,8 @@ def train() -> list[Document]:
     return list(two_hop.train(SETTINGS, 0, SEED))
 
 
-@pytest.fixture(scope="module")
-def tests() -> dict[str, list[Document]]:
+@pytest.fixture(scope="module", name="tests")
+def documents_of_the_tests() -> dict[str, list[Document]]:
     return two_hop.tests(SETTINGS, SEED)
 
 
