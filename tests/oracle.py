@@ -59,6 +59,7 @@ class Sizes:
     rope_base: float = 1e4
     depth_rope_base: float = 500.0
     norm_eps: float = 1e-6
+    depth_rope_reversed: bool = True  # whether the upper half of the depth RoPE counts the depths to come
     depth_rope_scaling: bool = False  # whether another depth than the trained one stretches to the trained positions
     da_window: int = 0  # how many depths DA looks at, 0 for all
     da_dilation: int = 1  # how far they lie apart
@@ -255,6 +256,8 @@ def depth_angles(depth: Depth, size: int, base: float) -> np.ndarray:
 def depth_angles_of(sizes: Sizes, depth: Depth, size: int) -> np.ndarray:
     """Depth angles, stretched to the trained range where that is asked for."""
     stretch = sizes.depth / depth.of if sizes.depth_rope_scaling else 1.0
+    if not sizes.depth_rope_reversed:
+        return stretch * depth.index * frequencies(size, sizes.depth_rope_base)
     return stretch * depth_angles(depth, size, sizes.depth_rope_base)
 
 

@@ -290,7 +290,8 @@ def one_document(w, sizes, tokens, depth=None, runs=None):
         da_memory = FadingState() if sizes.da_linear else Rows(sizes.da_window, sizes.da_dilation)
         for l in range(depth):
             p = "layer" if sizes.depth_recurrent else f"layers.{l}"
-            place = Place(l * stretch, (depth - 1 - l) * stretch)
+            to_come = depth - 1 - l if sizes.depth_rope_reversed else l
+            place = Place(l * stretch, to_come * stretch)
             for group in sizes.mixture:
                 y = x
                 for name in re.findall("[a-z]+", group):
@@ -325,10 +326,13 @@ def test_packed_documents_equal_each_document_alone_and_a_token_at_a_time(name, 
     check_documents(weights, sizes, oracle.forward(weights, sizes, *BATCH).logits)
 
 
+@pytest.mark.parametrize("reversed_", [False, True])
 @pytest.mark.parametrize("scaling", [False, True])
 @pytest.mark.parametrize("depth", [2, 5])
-def test_another_depth_than_the_trained_one_has_its_own_positions_or_those_of_the_trained_range(depth, scaling):
-    sizes = variant("DR+DA", depth_rope_scaling=scaling)
+def test_another_depth_than_the_trained_one_has_its_own_positions_or_those_of_the_trained_range(
+    depth, scaling, reversed_
+):
+    sizes = variant("DR+DA", depth_rope_scaling=scaling, depth_rope_reversed=reversed_)
     weights = oracle.random_weights(sizes, 11)
     out = oracle.forward(weights, sizes, *BATCH, depth=depth)
     assert len(out.hidden) == depth + 1

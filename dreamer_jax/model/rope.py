@@ -21,11 +21,12 @@ def sequence_rotation(positions: Int[Array, "B T"], size: int, base: float) -> R
 def depth_rotation(config: ModelConfig, l: Int[Array, ""], depth: int, size: int) -> Rotation:
     """The rotation at depth `l` of `depth`, [half]: the lower frequencies turn by l, the upper half by depth-1-l.
 
-    The reversed half tells the model how many depths are still to come (3.4). With `depth_rope_scaling`, both count in
+    The reversed half tells the model how many depths are still to come (3.4); without `depth_rope_reversed` it turns by
+    l as well. With `depth_rope_scaling`, both count in
     steps of the trained depth over the depth that runs.
     """
-    forward, reversed_ = jnp.split(frequencies(size, config.depth_rope_base), 2)
+    lower, upper = jnp.split(frequencies(size, config.depth_rope_base), 2)
     step = config.depth / depth if config.depth_rope_scaling else 1.0
     past, to_come = l.astype(jnp.float32) * step, (depth - 1 - l).astype(jnp.float32) * step
-    angles = jnp.concatenate([forward * past, reversed_ * to_come])
+    angles = jnp.concatenate([lower * past, upper * (to_come if config.depth_rope_reversed else past)])
     return Rotation(jnp.cos(angles), jnp.sin(angles))

@@ -41,6 +41,7 @@ SHAPE = {
     "depth_window": "da.window",
     "depth_dilation": "da.dilation",
     "depth_rope_theta": "depth_rope_base",
+    "depth_rope_reversed": "depth_rope_reversed",
     "depth_rope_scaling": "depth_rope_scaling",
     "router_size": "router.size",
     "num_attention_experts": "linear_experts",

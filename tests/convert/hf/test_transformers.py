@@ -127,8 +127,9 @@ def test_another_depth_may_run_than_the_trained_one():
     assert generated(model, prompt) == [expected]
 
 
-def test_another_depth_may_stretch_to_the_trained_one():
-    export = export_of(changed(small("DR+DA"), depth_rope_scaling=True))
+@pytest.mark.parametrize("reversed_", [True, False])
+def test_another_depth_may_stretch_to_the_trained_one(reversed_):
+    export = export_of(changed(small("DR+DA"), depth_rope_scaling=True, depth_rope_reversed=reversed_))
     assert relative_error(logits_of(load(export, depth=2)), expected_logits(export, depth=2)) < 1e-5
 
 

@@ -35,6 +35,7 @@ class DreamerConfig(PretrainedConfig):
         depth_window: int = 0,
         depth_dilation: int = 1,
         depth_rope_theta: float = 500.0,
+        depth_rope_reversed: bool = True,
         depth_rope_scaling: bool = False,
         router_size: int = 64,
         num_attention_experts: int = 8,
@@ -66,6 +67,7 @@ class DreamerConfig(PretrainedConfig):
         self.depth_window = depth_window
         self.depth_dilation = depth_dilation
         self.depth_rope_theta = depth_rope_theta
+        self.depth_rope_reversed = depth_rope_reversed
         self.depth_rope_scaling = depth_rope_scaling
         self.router_size = router_size
         self.num_attention_experts = num_attention_experts

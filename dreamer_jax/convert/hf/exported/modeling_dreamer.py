@@ -484,9 +484,10 @@ def depth_rotations(config: DreamerConfig, size: int, device: torch.device) -> l
     """RoPE over depths, for each depth: half of the pairs turn by the depths passed, half by those to come."""
     depth = config.num_hidden_layers
     passed = torch.arange(depth, device=device, dtype=torch.float32)[:, None]
-    passed, to_come = passed.expand(-1, size // 4), (depth - 1 - passed).expand(-1, size // 4)
+    upper = depth - 1 - passed if config.depth_rope_reversed else passed
     stretch = config.trained_depth / depth if config.depth_rope_scaling else 1.0
-    angles = torch.cat([passed, to_come], -1) * stretch * frequencies(size, config.depth_rope_theta, device)
+    turns = torch.cat([passed.expand(-1, size // 4), upper.expand(-1, size // 4)], -1)
+    angles = turns * stretch * frequencies(size, config.depth_rope_theta, device)
     return [Rotation(row.cos(), row.sin()) for row in angles]
 
 
