@@ -96,11 +96,11 @@ def test_a_campaign_trains_what_is_missing_once_and_reports_the_rest_as_missing(
 
     records = [json.loads(line) for line in (out / "DR-w16-s0" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "accuracy/in_distribution" in r] == [2, 4]
-    final = json.loads((out / "DR-w16-s0" / "accuracy.json").read_text())
+    final = json.loads((out / "DR-w16-s0" / "final.json").read_text())
     documents = {name: min(len(asked), TINY.final_documents) for name, asked in documents_of(TINY).items()}
     assert {name: score["asked"] for name, score in final["trained"]["tests"].items()} == documents
     assert [(at["depth"], at["scaled"]) for at in final["swept"]] == [(1, False), (2, False), (2, True)]
-    assert json.loads((out / "LA-w16-s0" / "accuracy.json").read_text())["swept"] == []
+    assert json.loads((out / "LA-w16-s0" / "final.json").read_text())["swept"] == []
 
     text = write_report(TINY, runs_of(TINY, [0, 1]), out, tmp_path).read_text()
     assert "* LA-w16-s1: not started" in text

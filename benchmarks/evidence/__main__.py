@@ -48,7 +48,7 @@ def carried_out(given: argparse.Namespace) -> int:
     # Late, so that --help does not wait for them.
     from benchmarks.evidence import campaign
     from benchmarks.evidence.report import pilot_table, write_report
-    from benchmarks.evidence.setup import checked_variants, matches, pilots_of, runs_of, setup_of
+    from benchmarks.evidence.setup import Run, checked_variants, matches, pilots_of, runs_of, setup_of
 
     setup = setup_of(given.family, given.small)
     variants = checked_variants(setup, given.variants)
@@ -59,7 +59,9 @@ def carried_out(given: argparse.Namespace) -> int:
     failed = []
     if not given.report:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: the runs save what they have
-        start = campaign.in_processes(out, small=given.small, jobs=given.jobs)
+        start: campaign.Start[Run] = campaign.in_processes(
+            out, lambda run: campaign.command_of(run, out, given.small), given.jobs
+        )
         failed = campaign.carried_out(setup, runs, out, start, jobs=given.jobs, minutes=given.minutes)
     if given.pilot:
         print(pilot_table(setup, runs, out))

@@ -1,4 +1,4 @@
-"""All runs of a family, several at a time, each in a process of its own."""
+"""All runs of a comparison, several at a time, each in a process of its own."""
 
 import math
 import os
@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from benchmarks.evidence.accuracy import check_tests
-from benchmarks.evidence.findings import is_done
-from benchmarks.evidence.setup import Run, Setup, config_of
+from benchmarks.evidence.findings import finding, is_done
+from benchmarks.evidence.setup import Run, Setup, config_of, steps_of
 from dreamer_jax.config import from_json
 from dreamer_jax.data.builder import prepare
 from dreamer_jax.kernels.native.huge_pages import with_huge_pages
@@ -37,12 +37,21 @@ class Process(Protocol):
         """Wait for its end; the exit code."""
 
 
-Start = Callable[[Run, int], Process]
+class Named(Protocol):
+    """What is needed of a run."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+
+
+Some = TypeVar("Some", bound=Named)
+Start = Callable[[Some, int], Process]
 """Starts a run in one of the places that there are, which are counted from 0."""
 
 
 def carried_out(
-    setup: Setup, runs: Sequence[Run], out: Path, start: Start, *, jobs: int, minutes: float = math.inf
+    setup: Setup, runs: Sequence[Run], out: Path, start: Start[Run], *, jobs: int, minutes: float = math.inf
 ) -> list[Run]:
     """Carry out the runs that are not done, in their order; returns those that failed.
 
@@ -57,7 +66,7 @@ def carried_out(
     Raises:
         DataError: a test asks for what is trained on.
     """
-    waiting = [run for run in runs if not is_done(setup, run, out)]
+    waiting = [run for run in runs if not is_done(finding(run, out), steps_of(setup, run))]
     if not waiting:
         return []
     check_tests(setup)
@@ -83,38 +92,55 @@ def check_folders(setup: Setup, runs: Sequence[Run], out: Path) -> None:
             )
 
 
-def in_processes(out: Path, *, small: bool, jobs: int) -> Start:
+def command_of(run: Run, out: Path, small: bool) -> list[str]:
+    """The arguments of Python that carry out a run."""
+    given = ["--family", run.family, "--variant", run.variant, "--width", str(run.width), "--seed", str(run.seed)]
+    given += [] if run.rate is None else ["--rate", str(run.rate)]
+    return ["-m", "benchmarks.evidence.worker", *given, "--out", str(out.absolute()), *(["--small"] if small else [])]
+
+
+def in_processes(out: Path, command: Callable[[Some], Sequence[str]], jobs: int) -> Start[Some]:
     """What starts a run in a process of its own; where several run at a time, each has a core of its own.
 
     What it prints goes to log.txt in the folder of the run.
+
+    Args:
+        out: folder of the runs.
+        command: the arguments of Python that carry a run out; it takes a core with --core.
+        jobs: runs at a time.
     """
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 else []
 
-    def start(run: Run, place: int) -> subprocess.Popen[bytes]:
-        options: dict[str, Any] = {"family": run.family, "variant": run.variant, "width": run.width, "seed": run.seed}
-        options |= {"out": out.absolute()} | ({} if run.rate is None else {"rate": run.rate})
-        options |= {"core": cores[place % len(cores)]} if cores else {}
-        given = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-        command = [sys.executable, "-m", "benchmarks.evidence.worker", *given, *(["--small"] if small else [])]
+    def start(run: Some, place: int) -> subprocess.Popen[bytes]:
+        core = ["--core", str(cores[place % len(cores)])] if cores else []
         folder = out / run.name
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                command, cwd=ROOT, env=with_huge_pages(os.environ), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [sys.executable, *command(run), *core],
+                cwd=ROOT,
+                env=with_huge_pages(os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     return start
 
 
 def worked_off(
-    runs: Sequence[Run], start: Start, jobs: int, may_start: Callable[[], bool] = lambda: True, pause: float = 0.5
-) -> list[Run]:
+    runs: Sequence[Some],
+    start: Start[Some],
+    jobs: int,
+    may_start: Callable[[], bool] = lambda: True,
+    pause: float = 0.5,
+) -> list[Some]:
     """Carry out runs in their order, `jobs` at a time; returns those that failed.
 
     When an error or Ctrl-C ends this, the runs that still go on are asked to end, and save what they have.
     """
-    waiting, failed = list(reversed(runs)), []
-    running: dict[int, tuple[Run, Process]] = {}
+    waiting, failed = list(reversed(runs)), list[Some]()
+    running: dict[int, tuple[Some, Process]] = {}
     try:
         while running or (waiting and may_start()):
             free = (place for place in range(jobs) if place not in running)
@@ -136,7 +162,7 @@ def worked_off(
     return failed
 
 
-def _ended(running: dict[int, tuple[Run, Process]]) -> Iterator[tuple[int, Run, int]]:
+def _ended(running: dict[int, tuple[Some, Process]]) -> Iterator[tuple[int, Some, int]]:
     for place, (run, process) in running.items():
         if (code := process.poll()) is not None:
             yield place, run, code

@@ -20,6 +20,8 @@ from dreamer_jax.files import write_whole
 
 PANEL_HEIGHT = 2.1
 """Inches of a row of panels."""
+ALONE = 3.0
+"""Inches of a panel that has the page's width."""
 ABREAST = 6
 """Entries of the legend that stand side by side."""
 CHANCE: Any = {"color": "#8c8c8c", "linestyle": (0, (1, 2)), "linewidth": 0.9}
@@ -40,6 +42,17 @@ class Line(NamedTuple):
     """Drawn pale, and left out of the legend."""
 
 
+class Unit(NamedTuple):
+    """What stands along the y axis."""
+
+    label: str
+    scale: float = 1.0
+    limits: tuple[float, float] | None = None
+
+
+ACCURACY = Unit("accuracy (%)", 100, (-3, 103))
+
+
 class Panel(NamedTuple):
     """Lines with a title."""
 
@@ -50,41 +63,43 @@ class Panel(NamedTuple):
     """An x to point out: the trained depth."""
 
 
-def draw(panels: Sequence[Panel], x_label: str, path: Path) -> Path:
+def draw(panels: Sequence[Panel], x_label: str, path: Path, unit: Unit = ACCURACY) -> Path:
     """Write a PNG file of panels, with one legend for all."""
     from matplotlib.figure import Figure
 
     columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     with style():
-        figure = Figure(figsize=(WIDTH, rows * PANEL_HEIGHT + 0.4), layout="constrained")
+        height = rows * (PANEL_HEIGHT if columns > 1 else ALONE)
+        figure = Figure(figsize=(WIDTH, height + 0.4), layout="constrained")
         grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).ravel())
         for ax, panel in zip(grid, panels, strict=False):
-            _fill(ax, panel)
+            _fill(ax, panel, unit)
         for ax in grid[len(panels) :]:
             ax.remove()
         handles = {h.get_label(): h for ax in grid[: len(panels)] for h in ax.get_legend_handles_labels()[0]}
         figure.legend(
-            handles=handles.values(), loc="outside upper center", ncols=min(len(handles), 6), handlelength=2.5
+            handles=handles.values(), loc="outside upper center", ncols=min(len(handles), ABREAST), handlelength=2.5
         )
         figure.supxlabel(x_label, fontsize=STYLE["axes.labelsize"])
-        figure.supylabel("accuracy (%)", fontsize=STYLE["axes.labelsize"])
+        figure.supylabel(unit.label, fontsize=STYLE["axes.labelsize"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, image(figure, "png"))
     return path
 
 
-def _fill(ax: object, panel: Panel) -> None:
+def _fill(ax: object, panel: Panel, unit: Unit) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(ax, Axes)
     ax.set_title(panel.title)
-    ax.set_ylim(-3, 103)
+    if unit.limits:
+        ax.set_ylim(unit.limits)
     for label, number, x, values, pale in panel.lines:
         colour, dashes, marker = CURVES[number % len(CURVES)]
         opacity = PALE if pale else 1.0
         every = max(1, len(x) // 8)
-        mean, low, high = ([100 * value[i] for value in values] for i in range(3))
+        mean, low, high = ([unit.scale * value[i] for value in values] for i in range(3))
         ax.plot(
             x,
             mean,
@@ -97,7 +112,7 @@ def _fill(ax: object, panel: Panel) -> None:
         )
         ax.fill_between(x, low, high, color=colour, alpha=0.15 * opacity, linewidth=0)
     if panel.chance is not None:
-        ax.axhline(100 * panel.chance, label="chance", **CHANCE)
+        ax.axhline(unit.scale * panel.chance, label="chance", **CHANCE)
     if panel.marked is not None:
         ax.axvline(panel.marked, color="#b0b0b0", linewidth=0.8, zorder=0.5)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.evidence.setup import Group, Run, Setup
+from benchmarks.evidence.setup import Group, Run
 from dreamer_jax.evaluation.comparison.statistics import Efficiency, data_efficiency
 
-ACCURACY = "accuracy.json"
+FINAL = "final.json"
 """What a finished run has in its folder."""
 GOAL = 0.9
 """The accuracy whose steps are counted."""
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
     records: list[dict[str, Any]]
     """Of metrics.jsonl, by rising steps."""
     final: dict[str, Any] | None
-    """accuracy.json; None of a run that is not finished."""
+    """final.json; None of a run that is not finished."""
     config: dict[str, Any] | None
     """config.json; None of a run that has not started."""
 
@@ -55,7 +55,7 @@ def finding(run: Run, out: Path) -> Finding:
     """What a run has written; a line that a kill cut off is left out."""
     folder = out / run.name
     records = [json.loads(line) for line in _lines(folder / "metrics.jsonl") if line.endswith("}")]
-    return Finding(run, records, _json(folder / ACCURACY), _json(folder / "config.json"))
+    return Finding(run, records, _json(folder / FINAL), _json(folder / "config.json"))
 
 
 def _lines(path: Path) -> list[str]:
@@ -66,23 +66,17 @@ def _json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def steps_of(setup: Setup, run: Run) -> int:
-    """Steps of a run; those of a pilot are fewer."""
-    return setup.steps if run.rate is None else setup.pilot_steps
+def is_done(one: Finding, steps: int) -> bool:
+    """Whether a run has been trained for so many steps and evaluated."""
+    return one.final is not None and one.final["steps"] == steps
 
 
-def is_done(setup: Setup, run: Run, out: Path) -> bool:
-    """Whether a run has been trained and evaluated, for as many steps as the setup has now."""
-    final = _json(out / run.name / ACCURACY)
-    return final is not None and final["steps"] == steps_of(setup, run)
-
-
-def lacking(setup: Setup, found: Sequence[Finding]) -> list[str]:
+def lacking(found: Sequence[Finding], steps_of: Callable[[Run], int]) -> list[str]:
     """A line for each run that is not finished."""
     lines = []
     for one in found:
-        wanted = steps_of(setup, one.run)
-        if one.final is None or one.final["steps"] != wanted:
+        wanted = steps_of(one.run)
+        if not is_done(one, wanted):
             at = one.records[-1]["step"] if one.records else 0
             lines.append(f"{one.run.name}: " + (f"at step {at} of {wanted}" if at else "not started"))
     return lines
@@ -132,7 +126,7 @@ def efficiency(baseline: Curve, of: Curve) -> Efficiency | None:
 
 
 def final_accuracy(tests: dict[str, Any], names: Sequence[str]) -> float:
-    """The mean accuracy of some tests in accuracy.json; NaN where none was asked."""
+    """The mean accuracy of some tests in final.json; NaN where none was asked."""
     shares = [tests[name]["right"] / tests[name]["asked"] for name in names if tests.get(name, {}).get("asked")]
     return sum(shares) / len(shares) if shares else math.nan
 

@@ -23,7 +23,7 @@ from benchmarks.evidence.findings import (
     steps_to,
     worst_of,
 )
-from benchmarks.evidence.setup import BASELINE, Group, Run, Setup, matches
+from benchmarks.evidence.setup import BASELINE, Group, Run, Setup, matches, steps_of
 from dreamer_jax.files import write_whole
 
 NOTHING = "-"
@@ -69,7 +69,7 @@ def _opening(setup: Setup, found: Sequence[Finding]) -> Iterator[str]:
         f"seeds, with the range behind them."
     )
     yield "Sized after LA:\n\n" + "\n".join(f"* {line}" for line in matches(setup, setup.all_widths))
-    missing = lacking(setup, found)
+    missing = lacking(found, lambda run: steps_of(setup, run))
     if missing:
         yield "**Missing runs**, of which the tables have what there is:\n\n" + "\n".join(f"* {m}" for m in missing)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from benchmarks.evidence.accuracy import Question, Score, Tests, asked, documents_of, first, questions_of
-from benchmarks.evidence.findings import ACCURACY
+from benchmarks.evidence.findings import FINAL
 from benchmarks.evidence.setup import Run, Setup, config_of
 from dreamer_jax.accounting.flops import generated_flops, training_flops
 from dreamer_jax.accounting.params import parameters
@@ -34,14 +34,14 @@ ROWS = 16
 
 
 def carried_out(setup: Setup, run: Run, out: Path) -> int:
-    """Train to the end, from where the run is, and write accuracy.json; returns the exit code."""
+    """Train to the end, from where the run is, and write final.json; returns the exit code."""
     config, tests = config_of(setup, run, out), documents_of(setup)
     use_cores(config)
     summary = train(config, look=Look(first(tests, setup.along_documents, setup.along)))
     if summary.stopped_by:
         return INTERRUPTED
     found = evaluated(setup, run, summary, tests)
-    write_whole(config.run_dir / ACCURACY, json.dumps(found, indent=1) + "\n")
+    write_whole(config.run_dir / FINAL, json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -1,0 +1,80 @@
+"""The process of one run, on a core of its own if need be: train, read all held-out documents, and look inside.
+
+    python -m benchmarks.evidence.language.worker --variant DR+DA --seed 0 --data DIR --out DIR
+
+The campaign starts it. The same command goes on with a run that was ended. Its parts are the doors train, evaluate and
+analyze.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from dreamer_jax.door import guarded
+
+INTERRUPTED = 75
+"""Exit code of a run that a signal ended."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, take the core, and carry the run out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k and math")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--rate", type=float, help="learning rate of a pilot")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--core", type=int, help="the only one to use")
+    given = parser.parse_args(arguments)
+    if given.core is not None:
+        os.sched_setaffinity(0, {given.core})
+    return guarded(lambda: carried_out(given), doing="out")
+
+
+def carried_out(given: argparse.Namespace) -> int:
+    """Do what of the run is not done; returns the exit code."""
+    # JAX and NumPy count the cores that are theirs when they are imported.
+    import jax
+
+    from benchmarks.evidence.findings import FINAL
+    from benchmarks.evidence.language.held_out import write_texts
+    from benchmarks.evidence.language.setup import config_of, plan_of, run_of
+    from dreamer_jax import analyze, evaluate
+    from dreamer_jax.accounting.flops import generated_flops, training_flops
+    from dreamer_jax.accounting.params import parameters
+    from dreamer_jax.files import write_whole
+    from dreamer_jax.kernels.cores import use_cores
+    from dreamer_jax.training.loop import train
+
+    plan, run = plan_of(given.small), run_of(given.variant, given.seed, given.rate)
+    config = config_of(plan, run, given.data, given.out)
+    use_cores(config)
+    summary = train(config)
+    if summary.stopped_by:
+        return INTERRUPTED
+    if run.rate is None:
+        texts = [word for path in write_texts(config, given.out / "held_out") for word in ("--text", str(path))]
+        limit = ["--limit", str(plan.held_out_documents)] if plan.held_out_documents else []
+        rows = ["--sequences", str(plan.analyzed_rows), "--removal-sequences", str(plan.removal_rows)]
+        if code := evaluate.main(["--checkpoint", str(config.run_dir), "--all", *texts, *limit]):
+            return code
+        if code := analyze.main(["--checkpoint", str(config.run_dir), *rows]):
+            return code
+    final = {
+        **run._asdict(),
+        "steps": summary.step,
+        "tokens": summary.step * config.tokens_per_step,
+        "parameters": parameters(config.model).total,
+        "flops_generated": generated_flops(config.model, plan.context).total,
+        "flops_trained": training_flops(config.model, plan.context).total,
+        "device": jax.devices()[0].device_kind,
+    }
+    write_whole(config.run_dir / FINAL, json.dumps(final, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
