@@ -66,9 +66,10 @@ def sizes_of(config: ModelConfig) -> Sizes:
         experts=ea.experts, active=ea.active_experts, expert_width=ea.expert_width,
         attention_experts=router.attention_experts or config.depth, rope_base=sa.rope_base,
         depth_rope_base=config.depth_rope_base, norm_eps=config.norm_epsilon,
-        depth_rope_reversed=config.depth_rope_reversed, depth_rope_scaling=config.depth_rope_scaling, da_window=da.window,
-        da_dilation=da.dilation, da_linear=da.form == "linear", latents=latent.latents, latent_heads=latent.query_heads,
-        latent_kv_heads=latent.kv_heads, latent_head_size=latent.head_size, embedding_size=latent.embedding_size,
+        depth_rope_reversed=config.depth_rope_reversed, depth_rope_scaling=config.depth_rope_scaling,
+        da_window=da.window, da_dilation=da.dilation, da_linear=da.form == "linear", latents=latent.latents,
+        latent_heads=latent.query_heads, latent_kv_heads=latent.kv_heads, latent_head_size=latent.head_size,
+        embedding_size=latent.embedding_size,
         pairs=config.parameter.pairs,
     )  # fmt: skip
 

@@ -154,7 +154,7 @@ class Shape:
     depth_rope_base: RopeBase = 500.0
     """RoPE base over depths, in all that looks at depth."""
     depth_rope_reversed: bool = True
-    """The upper half of the depth RoPE's frequencies turns by the depths to come (3.4). Off: all turn by those passed."""
+    """The upper half of the depth RoPE's frequencies turns by the depths to come (3.4); off, by those passed."""
     depth_rope_scaling: bool = False
     """At another depth than the trained one, stretch depth positions to the trained range."""
     norm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-6

@@ -100,7 +100,8 @@ def test_what_was_exported_comes_back_to_the_bit(variant, merged):
 
 @pytest.mark.parametrize("variant", ["LA+DA", "DR+DA"])
 def test_without_run_json_the_model_is_read_from_transformers_config(variant, tmp_path):
-    model = changed(odd_model(variant), depth_rope_reversed=False, depth_rope_scaling=True, norm_epsilon=1e-5, sa={"rope_base": 5e5})
+    ropes = {"depth_rope_reversed": False, "depth_rope_scaling": True, "sa": {"rope_base": 5e5}}
+    model = changed(odd_model(variant), norm_epsilon=1e-5, **ropes)
     arrays = float32(oracle.random_weights(sizes_of(model), seed=4))
     export_hf(Config(name="small", model=model, data=DATA), arrays, None, tmp_path / "hf", merged=False)
     (tmp_path / "hf/run.json").unlink()

@@ -287,9 +287,9 @@ def test_data_efficiency_is_the_baselines_training_over_the_variants():
 
 def test_a_run_is_missing_until_it_has_been_evaluated_after_all_steps():
     one = Finding(Run("two_hop", "LA", 16, 0), [{"step": 2}], None, None)
-    assert lacking(TINY, [one]) == ["LA-w16-s0: at step 2 of 4"]
-    assert lacking(TINY, [one._replace(final={"steps": 2})]) == ["LA-w16-s0: at step 2 of 4"]
-    assert lacking(TINY, [one._replace(final={"steps": 4})]) == []
+    assert lacking([one], lambda _: TINY.steps) == ["LA-w16-s0: at step 2 of 4"]
+    assert lacking([one._replace(final={"steps": 2})], lambda _: TINY.steps) == ["LA-w16-s0: at step 2 of 4"]
+    assert lacking([one._replace(final={"steps": 4})], lambda _: TINY.steps) == []
 
 
 def test_answers_that_say_there_is_none_count_apart():
