@@ -25,6 +25,7 @@ from benchmarks.evidence.findings import (
 )
 from benchmarks.evidence.setup import BASELINE, Group, Run, Setup, matches, steps_of
 from dreamer_jax.files import write_whole
+from dreamer_jax.values import require
 
 NOTHING = "-"
 MARGIN = 0.05
@@ -42,14 +43,28 @@ def write_report(setup: Setup, runs: Sequence[Run], out: Path, results: Path) ->
         runs: all that belong to the comparison; those that are missing are said to be.
         out: folder of the family's runs.
         results: where to write.
+
+    Raises:
+        ConfigError: there is nothing to report.
     """
-    found = [finding(run, out) for run in runs]
+    found = begun(runs, out)
     stem = f"evidence_{setup.family}_{hardware(found)}_{time.strftime('%Y-%m')}"
     path = results / f"{stem}.md"
     results.mkdir(parents=True, exist_ok=True)
     parts = [*_opening(setup, found), *_tables(setup, found), *_pictures(setup, found, results / stem)]
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def begun(runs: Sequence[Run], out: Path) -> list[Finding]:
+    """What the runs wrote.
+
+    Raises:
+        ConfigError: not one has begun.
+    """
+    found = [finding(run, out) for run in runs]
+    require(any(one.records for one in found), f"'{out}' has none of these runs; leave --report away to train them")
+    return found
 
 
 def hardware(found: Sequence[Finding]) -> str:

@@ -300,3 +300,8 @@ def test_answers_that_say_there_is_none_count_apart():
     assert final_accuracy(tests, ["p=1", "p=2"]) == 0.5
     assert none_accuracy(tests, ["p=1", "p=2"]) == 0.25
     assert math.isnan(final_accuracy(tests, ["p=3"]))
+
+
+def test_a_report_of_no_run_is_refused(tmp_path, capsys):
+    assert main(["two_hop", "--out", str(tmp_path), "--report"]) == 1
+    assert "has none of these runs; leave --report away" in capsys.readouterr().err

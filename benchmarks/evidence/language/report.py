@@ -10,7 +10,6 @@ from benchmarks.evidence.findings import (
     Curve,
     Finding,
     band,
-    finding,
     lacking,
     last_of,
     minutes,
@@ -28,7 +27,7 @@ from benchmarks.evidence.language.setup import (
     run_of,
     steps_of,
 )
-from benchmarks.evidence.report import NOTHING, hardware, table
+from benchmarks.evidence.report import NOTHING, begun, hardware, table
 from benchmarks.evidence.setup import BASELINE, Run
 from dreamer_jax import analyze
 from dreamer_jax.evaluation.comparison.results import read_items
@@ -66,8 +65,11 @@ def write_report(plan: Plan, runs: Sequence[Run], out: Path, results: Path) -> P
         runs: all that belong to the comparison; those that are missing are said to be.
         out: folder of the runs.
         results: where to write.
+
+    Raises:
+        ConfigError: there is nothing to report.
     """
-    found = [finding(run, out) for run in runs]
+    found = begun(runs, out)
     stem = f"evidence_language_{hardware(found)}_{time.strftime('%Y-%m')}"
     results.mkdir(parents=True, exist_ok=True)
     parts = [*_opening(plan, found), *_main(plan, found, out), *_ablations(plan, found, out)]
