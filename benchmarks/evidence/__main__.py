@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from dreamer_jax.door import guarded
+from dreamer_jax.values import require
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -25,7 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("family", choices=("two_hop", "p_hop", "dag_mod7"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of runs; each family has one in it")
+    return guarded(lambda: carried_out(asked(parser, arguments)), doing="--out")
+
+
+def asked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options, with those that all comparisons share added to the parser's own.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    parser.add_argument("--out", type=Path, required=True, help="folder of runs; each comparison has one in it")
     parser.add_argument("--results", type=Path, help="where reports go; benchmarks/results, or with --small --out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=[], help="all by default")
@@ -35,7 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pilot", action="store_true", help="short runs at several learning rates")
     parser.add_argument("--report", action="store_true", help="only write the report")
     given = parser.parse_args(arguments)
-    return guarded(lambda: carried_out(given), doing="--out")
+    require(given.jobs >= 1, f"--jobs {given.jobs}: must be at least 1")
+    require(len(set(given.seeds)) == len(given.seeds), f"--seeds {' '.join(map(str, given.seeds))}: one stands twice")
+    given.seeds.sort()
+    return given
 
 
 def default_jobs() -> int:
@@ -48,18 +61,18 @@ def carried_out(given: argparse.Namespace) -> int:
     # Late, so that --help does not wait for them.
     from benchmarks.evidence import campaign
     from benchmarks.evidence.report import pilot_table, write_report
-    from benchmarks.evidence.setup import Run, checked_variants, matches, pilots_of, runs_of, setup_of
+    from benchmarks.evidence.setup import checked_variants, config_of, matches, pilots_of, runs_of, setup_of
 
     setup = setup_of(given.family, given.small)
     variants = checked_variants(setup, given.variants)
     out = given.out / (given.family + ("-small" if given.small else ""))
     runs = pilots_of(setup, variants) if given.pilot else runs_of(setup, given.seeds, variants)
     print("\n".join(matches(setup, setup.all_widths)), flush=True)
-    campaign.check_folders(setup, runs, out)
+    campaign.check_folders(lambda run: config_of(setup, run, out), runs, out)
     failed = []
     if not given.report:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: the runs save what they have
-        start: campaign.Start[Run] = campaign.in_processes(
+        start: campaign.Start = campaign.in_processes(
             out, lambda run: campaign.command_of(run, out, given.small), given.jobs
         )
         failed = campaign.carried_out(setup, runs, out, start, jobs=given.jobs, minutes=given.minutes)

@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from benchmarks.evidence.accuracy import check_tests
 from benchmarks.evidence.findings import finding, is_done
 from benchmarks.evidence.setup import Run, Setup, config_of, steps_of
-from dreamer_jax.config import from_json
+from dreamer_jax.config import Config, from_json
 from dreamer_jax.data.builder import prepare
 from dreamer_jax.kernels.native.huge_pages import with_huge_pages
 from dreamer_jax.training.checkpoint import changed_keys
@@ -37,21 +37,12 @@ class Process(Protocol):
         """Wait for its end; the exit code."""
 
 
-class Named(Protocol):
-    """What is needed of a run."""
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-
-
-Some = TypeVar("Some", bound=Named)
-Start = Callable[[Some, int], Process]
+Start = Callable[[Run, int], Process]
 """Starts a run in one of the places that there are, which are counted from 0."""
 
 
 def carried_out(
-    setup: Setup, runs: Sequence[Run], out: Path, start: Start[Run], *, jobs: int, minutes: float = math.inf
+    setup: Setup, runs: Sequence[Run], out: Path, start: Start, *, jobs: int, minutes: float = math.inf
 ) -> list[Run]:
     """Carry out the runs that are not done, in their order; returns those that failed.
 
@@ -75,8 +66,13 @@ def carried_out(
     return worked_off(waiting, start, jobs, may_start=lambda: time.monotonic() < deadline)
 
 
-def check_folders(setup: Setup, runs: Sequence[Run], out: Path) -> None:
-    """Make sure that what is there of the runs is of this setup.
+def check_folders(config: Callable[[Run], Config], runs: Sequence[Run], out: Path) -> None:
+    """Make sure that what is there of the runs was trained as it would be now.
+
+    Args:
+        config: of a run.
+        runs: all runs that are wanted.
+        out: their folder.
 
     Raises:
         ConfigError: a run was trained with another one.
@@ -84,7 +80,7 @@ def check_folders(setup: Setup, runs: Sequence[Run], out: Path) -> None:
     for run in runs:
         path = out / run.name / "config.json"
         if path.is_file():
-            changed = set(changed_keys(from_json(path.read_text()), config_of(setup, run, out))) - MAY_CHANGE
+            changed = set(changed_keys(from_json(path.read_text()), config(run))) - MAY_CHANGE
             require(
                 not changed,
                 f"'{path.parent}' was trained with another setup (it differs in {', '.join(sorted(changed))}); give "
@@ -99,7 +95,7 @@ def command_of(run: Run, out: Path, small: bool) -> list[str]:
     return ["-m", "benchmarks.evidence.worker", *given, "--out", str(out.absolute()), *(["--small"] if small else [])]
 
 
-def in_processes(out: Path, command: Callable[[Some], Sequence[str]], jobs: int) -> Start[Some]:
+def in_processes(out: Path, command: Callable[[Run], Sequence[str]], jobs: int) -> Start:
     """What starts a run in a process of its own; where several run at a time, each has a core of its own.
 
     What it prints goes to log.txt in the folder of the run.
@@ -111,7 +107,7 @@ def in_processes(out: Path, command: Callable[[Some], Sequence[str]], jobs: int)
     """
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 else []
 
-    def start(run: Some, place: int) -> subprocess.Popen[bytes]:
+    def start(run: Run, place: int) -> subprocess.Popen[bytes]:
         core = ["--core", str(cores[place % len(cores)])] if cores else []
         folder = out / run.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,18 +125,18 @@ def in_processes(out: Path, command: Callable[[Some], Sequence[str]], jobs: int)
 
 
 def worked_off(
-    runs: Sequence[Some],
-    start: Start[Some],
+    runs: Sequence[Run],
+    start: Start,
     jobs: int,
     may_start: Callable[[], bool] = lambda: True,
     pause: float = 0.5,
-) -> list[Some]:
+) -> list[Run]:
     """Carry out runs in their order, `jobs` at a time; returns those that failed.
 
     When an error or Ctrl-C ends this, the runs that still go on are asked to end, and save what they have.
     """
-    waiting, failed = list(reversed(runs)), list[Some]()
-    running: dict[int, tuple[Some, Process]] = {}
+    waiting, failed = list(reversed(runs)), list[Run]()
+    running: dict[int, tuple[Run, Process]] = {}
     try:
         while running or (waiting and may_start()):
             free = (place for place in range(jobs) if place not in running)
@@ -162,7 +158,7 @@ def worked_off(
     return failed
 
 
-def _ended(running: dict[int, tuple[Some, Process]]) -> Iterator[tuple[int, Some, int]]:
+def _ended(running: dict[int, tuple[Run, Process]]) -> Iterator[tuple[int, Run, int]]:
     for place, (run, process) in running.items():
         if (code := process.poll()) is not None:
             yield place, run, code

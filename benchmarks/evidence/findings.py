@@ -138,7 +138,10 @@ def none_accuracy(tests: dict[str, Any], names: Sequence[str]) -> float:
 
 
 def minutes(one: Finding) -> float | None:
-    """Minutes of training by the speeds in the records, without evaluations and compilations."""
+    """Minutes of training by the speeds in the records, without evaluations and compilations.
+
+    Speeds count tokens without padding, and here rows count as full: it is a little more than it was.
+    """
     if one.config is None or not one.records:
         return None
     positions = one.config["train"]["batch"] * one.config["data"]["context"]

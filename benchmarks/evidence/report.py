@@ -63,7 +63,7 @@ def begun(runs: Sequence[Run], out: Path) -> list[Finding]:
         ConfigError: not one has begun.
     """
     found = [finding(run, out) for run in runs]
-    require(any(one.records for one in found), f"'{out}' has none of these runs; leave --report away to train them")
+    require(any(one.records for one in found), f"'{out}': none of these runs has a record of a step yet")
     return found
 
 
@@ -133,7 +133,7 @@ def _cost(setup: Setup, found: Sequence[Finding]) -> str:
             f"{ea.get('experts')} x {ea.get('expert_width')}",
             *costs,
             f"{config['optimizer']['learning_rate']:g}" if config else NOTHING,
-            _number(max(one.records[-1]["step"] for one in of) * setup.tokens_per_step / 1e6, "{:.3g}"),
+            number(max(one.records[-1]["step"] for one in of) * setup.tokens_per_step / 1e6, "{:.3g}"),
             f"{time_of.mean:.1f} ({time_of.low:.1f} to {time_of.high:.1f})" if time_of else NOTHING,
             str(sum(one.final is not None for one in of)),
         ]
@@ -194,12 +194,12 @@ def _health(setup: Setup, found: Sequence[Finding]) -> str:
         ginis = [max((g for one in of if (g := worst_of(one, f"router/{k}/gini"))), default=None) for k in ROUTERS]
         unused = max((u for one in of if (u := worst_of(one, "router/ea/unused")) is not None), default=None)
         return [
-            ", ".join(_number(last_of(one, "train/loss"), "{:.3f}") for one in of),
-            ", ".join(_number(last_of(one, "validation/loss"), "{:.3f}") for one in of),
-            ", ".join(_number(gain, "{:+.1f}") for gain in gains),
-            *(_number(gini, "{:.2f}") for gini in ginis),
-            _number(unused, "{:.0f}"),
-            _number(max((s for one in of if (s := last_of(one, "steps/skipped")) is not None), default=None), "{:.0f}"),
+            ", ".join(number(last_of(one, "train/loss"), "{:.3f}") for one in of),
+            ", ".join(number(last_of(one, "validation/loss"), "{:.3f}") for one in of),
+            ", ".join(number(gain, "{:+.1f}") for gain in gains),
+            *(number(gini, "{:.2f}") for gini in ginis),
+            number(unused, "{:.0f}"),
+            number(max((s for one in of if (s := last_of(one, "steps/skipped")) is not None), default=None), "{:.0f}"),
         ]
 
     heads = ["", "training loss, last", "held-out loss, last", "points gained in the last quarter"]
@@ -231,7 +231,8 @@ def _of_test(of: Sequence[Finding], test: str) -> str:
     return _final(of, [test]) + (f" / {100 * none.mean:.0f}" if none else "")
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A figure of a table."""
     return NOTHING if value is None or not math.isfinite(value) else form.format(value)
 
 
@@ -269,9 +270,9 @@ def pilot_table(setup: Setup, runs: Sequence[Run], out: Path) -> str:
     for one in [finding(run, out) for run in runs]:
         of = curve(one, setup.groups[0])
         figures = [
-            _number(100 * of.values[-1] if of.values else None, "{:.1f}"),
-            _number(last_of(one, "train/loss"), "{:.3f}"),
-            _number(last_of(one, "validation/loss"), "{:.3f}"),
+            number(100 * of.values[-1] if of.values else None, "{:.1f}"),
+            number(last_of(one, "train/loss"), "{:.3f}"),
+            number(last_of(one, "validation/loss"), "{:.3f}"),
         ]
         rows.append([one.run.variant, f"{one.run.rate:g}", str(of.steps[-1] if of.steps else 0), *figures])
     group = setup.groups[0].name

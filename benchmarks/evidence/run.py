@@ -78,6 +78,18 @@ def evaluated(setup: Setup, run: Run, summary: Summary, tests: Tests) -> dict[st
     trained = _at_depth(summary, summary.model, depth, everything)
     swept = _swept(summary, some) if config.model.depth_recurrent and run.rate is None else []
     return {
+        **cost_of(run, summary),
+        "trained_depth": depth,
+        "trained": trained,
+        "swept": swept,
+        "evaluation_seconds": time.monotonic() - started,
+    }
+
+
+def cost_of(run: Run, summary: Summary) -> dict[str, Any]:
+    """What a run was and took; for JSON."""
+    config = summary.config
+    return {
         **run._asdict(),
         "steps": summary.step,
         "tokens": summary.step * config.tokens_per_step,
@@ -85,10 +97,6 @@ def evaluated(setup: Setup, run: Run, summary: Summary, tests: Tests) -> dict[st
         "flops_generated": generated_flops(config.model, config.data.context).total,
         "flops_trained": training_flops(config.model, config.data.context).total,
         "device": jax.devices()[0].device_kind,
-        "trained_depth": depth,
-        "trained": trained,
-        "swept": swept,
-        "evaluation_seconds": time.monotonic() - started,
     }
 
 

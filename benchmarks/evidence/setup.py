@@ -32,8 +32,8 @@ RATES = (1e-3, 3e-3)
 HEAD = 32
 """Size of heads and of routers' queries."""
 BIAS_RATE = 10.0
-"""EA's router bias moves by this times the learning rate: a short run at a high rate needs biases that keep up with the
-router. configs/tiny.py has the same ratio."""
+"""Routers' biases move by this times the learning rate: a short run at a high rate needs biases that keep up with the
+routers. configs/tiny.py has the same ratio for EA."""
 
 
 class Group(NamedTuple):
@@ -329,13 +329,29 @@ def sized(setup: Setup, variant: str, width: int) -> Cost:
         MatchError: it is further than 2 % in parameters, or in FLOPs at 1024 tokens or at the context.
     """
     baseline = baseline_of(setup, width)
-    move = match(replace(baseline, **VARIANTS[architecture(variant)]), baseline)[-1]
-    ours, theirs = (generated_flops(model, setup.context).total for model in (move.config, baseline))
+    changed = replace(baseline, **VARIANTS[architecture(variant)])
+    return sized_after(baseline, changed, setup.context, f"{setup.family}, {variant}, width {width}")
+
+
+def sized_after(baseline: ModelConfig, changed: ModelConfig, context: int, what: str) -> Cost:
+    """A model with the experts that make it cost what a baseline does.
+
+    Args:
+        baseline: what it is to cost.
+        changed: all else of the model.
+        context: tokens at whose mean length FLOPs are held, beside those of `match`.
+        what: to name in errors.
+
+    Raises:
+        MatchError: it is further than 2 % in parameters, or in FLOPs at 1024 tokens or at the context.
+    """
+    move = match(changed, baseline)[-1]
+    ours, theirs = (generated_flops(model, context).total for model in (move.config, baseline))
     cost = Cost(move.config, ours / theirs - 1, move.parameters_share)
     if abs(cost.flops) > TOLERANCE:
         raise MatchError(
-            f"{setup.family}, {variant}, width {width}: at {setup.context} tokens a token takes {cost.flops:+.1%} of "
-            f"LA's FLOPs; raise expert_width in benchmarks/evidence/setup.py"
+            f"{what}: at {context} tokens a token takes {cost.flops:+.1%} of the baseline's FLOPs; raise the "
+            f"baseline's expert_width, where the comparison is set up"
         )
     return cost
 
@@ -382,6 +398,7 @@ def config_of(setup: Setup, run: Run, out: Path) -> Config:
             weight_decay=setup.weight_decay,
             gradient_clip=1.0,
             expert_bias_rate=BIAS_RATE * rate,
+            attention_bias_rate=BIAS_RATE * rate,
         ),
         train=TrainConfig(
             steps=steps_of(setup, run),

@@ -22,8 +22,7 @@ def depth_rotation(config: ModelConfig, l: Int[Array, ""], depth: int, size: int
     """The rotation at depth `l` of `depth`, [half]: the lower frequencies turn by l, the upper half by depth-1-l.
 
     The reversed half tells the model how many depths are still to come (3.4); without `depth_rope_reversed` it turns by
-    l as well. With `depth_rope_scaling`, both count in
-    steps of the trained depth over the depth that runs.
+    l as well. With `depth_rope_scaling`, both count in steps of the trained depth over the depth that runs.
     """
     lower, upper = jnp.split(frequencies(size, config.depth_rope_base), 2)
     step = config.depth / depth if config.depth_rope_scaling else 1.0

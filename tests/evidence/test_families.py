@@ -155,9 +155,18 @@ def test_every_test_of_a_group_exists_and_most_are_asked_along_the_training():
         assert set(setup.along) <= tests.keys()
 
 
-def test_an_unknown_variant_is_told_of_in_a_line(tmp_path, capsys):
-    assert main(["two_hop", "--out", str(tmp_path), "--variants", "DR random"]) == 1
-    assert "--variants 'DR random': two_hop has LA, DR, DR+DA" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--variants", "DR random"], "--variants 'DR random': two_hop has LA, DR, DR+DA"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--seeds", "1", "0", "1"], "--seeds 1 0 1: one stands twice"),
+        (["--report"], "none of these runs has a record of a step yet"),
+    ],
+)
+def test_what_cannot_be_is_told_of_in_a_line(words, message, tmp_path, capsys):
+    assert main(["two_hop", "--out", str(tmp_path), *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 # In which order, and until when.
@@ -191,9 +200,13 @@ def test_a_folder_of_another_setup_is_refused(tmp_path):
     one = Run("two_hop", "DR", 16, 0)
     (tmp_path / one.name).mkdir()
     (tmp_path / one.name / "config.json").write_text(to_json(config_of(TINY, one, tmp_path / "elsewhere")))
-    campaign.check_folders(dataclasses.replace(TINY, steps=8), [one, one._replace(seed=1)], tmp_path)
+
+    def check(setup, runs):
+        campaign.check_folders(lambda run: config_of(setup, run, tmp_path), runs, tmp_path)
+
+    check(dataclasses.replace(TINY, steps=8), [one, one._replace(seed=1)])
     with pytest.raises(ConfigError, match=r"another setup \(it differs in optimizer.weight_decay\)"):
-        campaign.check_folders(dataclasses.replace(TINY, weight_decay=0.5), [one], tmp_path)
+        check(dataclasses.replace(TINY, weight_decay=0.5), [one])
 
 
 def test_runs_that_still_go_on_are_asked_to_end_when_the_campaign_is_interrupted():
@@ -300,8 +313,3 @@ def test_answers_that_say_there_is_none_count_apart():
     assert final_accuracy(tests, ["p=1", "p=2"]) == 0.5
     assert none_accuracy(tests, ["p=1", "p=2"]) == 0.25
     assert math.isnan(final_accuracy(tests, ["p=3"]))
-
-
-def test_a_report_of_no_run_is_refused(tmp_path, capsys):
-    assert main(["two_hop", "--out", str(tmp_path), "--report"]) == 1
-    assert "has none of these runs; leave --report away" in capsys.readouterr().err

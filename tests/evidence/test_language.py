@@ -8,35 +8,38 @@ import pytest
 
 from benchmarks.evidence.findings import FINAL, Finding
 from benchmarks.evidence.language import report, setup, worker
-from benchmarks.evidence.language.held_out import write_texts
+from benchmarks.evidence.language.__main__ import main
+from benchmarks.evidence.language.held_out import written_texts
 from benchmarks.evidence.language.setup import (
     ABLATIONS,
     MAIN,
     VARIANTS,
     Plan,
     config_of,
-    model_of,
     pilots_of,
     run_of,
     runs_of,
+    sized,
 )
 from dreamer_jax import analyze, evaluate
-from dreamer_jax.accounting.flops import generated_flops
 from dreamer_jax.accounting.match import TOLERANCE
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import ConfigError, DepthAttentionConfig, ExpertAttentionConfig, SequenceAttentionConfig
+from dreamer_jax.evaluation.requests import EvaluationError
 
 PLAN = Plan(steps=4, ablation_steps=2, every=2)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder of questions; the last held-out question of each file is in its training, too."""
+    """A folder of questions; three held-out questions of each file are in a training, too, one in the other file's."""
     for name, prompt, response in (("gsm8k", "question", "answer"), ("math", "problem", "solution")):
         (tmp_path / name).mkdir()
         held_out = "test" if name == "gsm8k" else "math500"
-        for split, numbers in (("train", range(40)), (held_out, range(37, 47))):
-            rows = [{prompt: f"What is {n} + {n}?", response: f"<<{n}+{n}>>It is {2 * n}."} for n in numbers]
+        for split, numbers in (("train", range(40)), (held_out, range(38, 48))):
+            asked = [f"What is {n} + {n}?" if n < 47 else f"Of {name}?" for n in numbers]
+            asked += [f"Of {other}?" for other in ("gsm8k", "math") if other != name and split == "train"]
+            rows = [{prompt: text, response: f"<<{len(text)}>>It is {len(text)}."} for text in asked]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -46,22 +49,20 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_costs_what_la_does(name):
-    ours, las = model_of(name), model_of("LA")
-    assert abs(parameters(ours).total / parameters(las).total - 1) <= TOLERANCE
-    assert (
-        abs(generated_flops(ours, Plan().context).total / generated_flops(las, Plan().context).total - 1) <= TOLERANCE
-    )
+    cost, la = sized(Plan(), name), sized(Plan(), "LA").model
+    assert max(abs(cost.flops), abs(cost.parameters)) <= TOLERANCE
+    assert parameters(cost.model).total == pytest.approx(parameters(la).total, rel=TOLERANCE)
 
 
-def test_runs_of_a_seed_differ_in_their_models_and_depths_alone(tmp_path):
-    configs = [config_of(PLAN, run_of(v.name, 0), tmp_path, tmp_path) for v in ABLATIONS]
-    first = configs[0]
-    for variant, config in zip(ABLATIONS, configs, strict=True):
-        train = dataclasses.replace(first.train, depths=variant.depths)
+def test_runs_of_a_seed_differ_in_their_models_depths_and_ends_alone(tmp_path):
+    first, *others = (config_of(PLAN, run_of(name, 0), tmp_path, tmp_path) for name in VARIANTS)
+    for variant, config in zip((*MAIN, *ABLATIONS)[1:], others, strict=True):
+        train = dataclasses.replace(first.train, depths=variant.depths, steps=config.train.steps)
         assert dataclasses.replace(first, name=config.name, model=config.model, train=train) == config
+    assert [config.train.steps for config in others] == [4, 4, 2, 2, 2, 2, 2, 2]
 
 
-def test_main_variants_of_all_seeds_come_before_the_ablations_of_the_first():
+def test_main_variants_of_all_seeds_come_before_the_ablations_of_the_lowest():
     names = [run.name for run in runs_of([3, 4], ["LA", "DR", "LA+DA"])]
     assert names == ["LA-w128-s3", "DR-w128-s3", "LA-w128-s4", "DR-w128-s4", "LA+DA-w128-s3"]
     with pytest.raises(ConfigError, match=r"--variants 'DR\+\+DA': there are LA, DR, "):
@@ -69,18 +70,27 @@ def test_main_variants_of_all_seeds_come_before_the_ablations_of_the_first():
 
 
 def test_pilots_are_of_the_main_variants():
-    assert [run.name for run in pilots_of(["DR", "LA+DA"])] == ["DR-w128-s0-rate0.001", "DR-w128-s0-rate0.003"]
+    names = [run.name for run in pilots_of(["DR", "LA+DA"])]
+    assert names == [f"DR-w128-s0-rate{rate}" for rate in ("0.0003", "0.001", "0.003")]
+    with pytest.raises(ConfigError, match=r"--pilot is for the main variants: LA, DR, DR\+DA"):
+        pilots_of(["LA+DA"])
+
+
+def test_a_folder_without_the_files_is_told_of_in_a_line(tmp_path, capsys):
+    assert main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert f"--data '{tmp_path}' has no gsm8k/train.jsonl" in capsys.readouterr().err
 
 
 def test_held_out_texts_ask_nothing_of_the_training(data, tmp_path):
     config = config_of(PLAN, run_of("LA", 0), data, tmp_path)
     sources = config.data.sources[:2]
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-    gsm8k, math = write_texts(config, tmp_path / "texts")
-    rows = [json.loads(line) for line in gsm8k.read_text().splitlines()]
-    assert [row["instruction"] for row in rows] == [f"What is {n} + {n}?" for n in range(40, 47)]
-    assert rows[0]["output"] == "It is 80."
-    assert len(math.read_text().splitlines()) == 7
+    for path in written_texts(config, tmp_path / "texts"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["instruction"] for row in rows] == [f"What is {n} + {n}?" for n in range(40, 47)]
+        assert rows[0]["output"] == "It is 16." if path.stem == "gsm8k" else "<<16>>It is 16."
+    others = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources[:1]))
+    assert written_texts(others, tmp_path / "texts")[0].parent != path.parent
 
 
 # What the report says.
@@ -107,6 +117,19 @@ def test_losses_are_compared_document_by_document(tmp_path):
     table = report._losses(["LA", "DR"], "LA", found, tmp_path, 4)
     assert "| LA | 0 | 2.0000 | 2.0000 |" in table
     assert "| DR | 0 | 1.9000, -0.1000 (-0.1000 to -0.1000) |" in table
+
+
+def test_a_run_that_was_asked_of_other_documents_is_refused(tmp_path):
+    found = [finished("LA", tmp_path, (3.0,), (20.0, 30.0)), finished("DR", tmp_path, (2.0,), (19.0,))]
+    with pytest.raises(EvaluationError, match="other held-out texts"):
+        report._losses(["LA", "DR"], "LA", found, tmp_path, 4)
+
+
+def test_data_efficiency_is_told_of_finished_baselines(tmp_path):
+    baseline = finished("LA", tmp_path, (4.0, 3.0), (20.0,))
+    ours = finished("DR", tmp_path, (3.0, 2.0), (20.0,))
+    assert report._efficiency([baseline, ours], ours) == "≥ 2.0"
+    assert report._efficiency([baseline._replace(final=None), ours], ours) == "-"
 
 
 def test_data_efficiency_is_told_of_the_main_variants_alone(tmp_path):

@@ -10,6 +10,7 @@ from benchmarks.evidence.findings import (
     Curve,
     Finding,
     band,
+    is_done,
     lacking,
     last_of,
     minutes,
@@ -25,19 +26,22 @@ from benchmarks.evidence.language.setup import (
     Plan,
     is_main,
     run_of,
+    sized,
     steps_of,
 )
-from benchmarks.evidence.report import NOTHING, begun, hardware, table
+from benchmarks.evidence.report import NOTHING, ROUTERS, begun, hardware, number, table
 from benchmarks.evidence.setup import BASELINE, Run
 from dreamer_jax import analyze
 from dreamer_jax.evaluation.comparison.results import read_items
 from dreamer_jax.evaluation.comparison.statistics import Difference, data_efficiency, paired_rate_difference
+from dreamer_jax.evaluation.requests import EvaluationError
 from dreamer_jax.files import write_whole
 
 LOSS = "validation/loss"
 NATS = Unit("held-out loss (nats per token)")
-ROUTERS = ("ea", "sa", "da")
 EVERYTHING = "all"
+TEXTS = "ppl"
+"""The task of `evaluate --text`."""
 
 TOKENS = "training tokens (millions)"
 COMPARED = {
@@ -73,7 +77,7 @@ def write_report(plan: Plan, runs: Sequence[Run], out: Path, results: Path) -> P
     stem = f"evidence_language_{hardware(found)}_{time.strftime('%Y-%m')}"
     results.mkdir(parents=True, exist_ok=True)
     parts = [*_opening(plan, found), *_main(plan, found, out), *_ablations(plan, found, out)]
-    parts += [*_pictures(plan, found, results / stem), *_analysis(found, out, results / stem)]
+    parts += [*_pictures(plan, found, results / stem), *_analysis(plan, found, out, results / stem)]
     write_whole(results / f"{stem}.md", "\n\n".join(parts) + "\n")
     return results / f"{stem}.md"
 
@@ -88,30 +92,39 @@ def _opening(plan: Plan, found: Sequence[Finding]) -> Iterator[str]:
     )
     if missing := lacking(found, lambda run: steps_of(plan, run)):
         yield "**Missing runs**, of which the tables have what there is:\n\n" + "\n".join(f"* {m}" for m in missing)
-    yield "## Cost\n\n" + _cost(found)
+    yield "## Cost\n\n" + _cost(plan, found)
 
 
-def _cost(found: Sequence[Finding]) -> str:
+def _cost(plan: Plan, found: Sequence[Finding]) -> str:
     rows = []
     for name in VARIANTS:
         of = _of(found, name)
         final, config = (next((one.final for one in of if one.final), None), of[0].config if of else None)
         if not final or not config:
             continue
-        ea, spent = config["model"]["ea"], over_seeds(of, minutes)
+        ea, spent, cost = config["model"]["ea"], over_seeds(of, minutes), sized(plan, name)
         rows.append(
             [
                 name,
                 f"{ea['experts']} x {ea['expert_width']}",
-                f"{final['parameters']:,}",
-                f"{final['flops_generated'] / 1e6:.3f}",
+                f"{final['parameters']:,} ({cost.parameters:+.1%})",
+                f"{final['flops_generated'] / 1e6:.3f} ({cost.flops:+.1%})",
                 f"{final['flops_trained'] / 1e6:.3f}",
                 f"{final['tokens'] / 1e6:.3g}",
                 f"{spent.mean:.1f}" if spent else NOTHING,
             ]
         )
     heads = ["", "experts x width", "parameters", "MFLOP/token, generated", "trained", "tokens (M)"]
-    return table([*heads, "minutes of training"], rows)
+    return "In brackets: beside LA.\n\n" + table([*heads, "minutes of training"], rows)
+
+
+def pilot_table(runs: Sequence[Run], out: Path) -> str:
+    """The pilots' losses, by variant and learning rate."""
+    rows = []
+    for one in begun(runs, out):
+        losses = [number(last_of(one, key), "{:.4f}") for key in ("train/loss", LOSS)]
+        rows.append([one.run.variant, f"{one.run.rate:g}", str(last_of(one, "step") or 0), *losses])
+    return table(["variant", "learning rate", "steps", "training loss", "held-out loss"], rows)
 
 
 # The main variants.
@@ -143,13 +156,13 @@ def _losses(names: Sequence[str], baseline: str, found: Sequence[Finding], out: 
 
 
 def _documents(name: str, seed: int, found: Sequence[Finding], out: Path, step: int) -> dict[str, Documents]:
-    """By source, and all together; empty of a run that was not evaluated there."""
-    one = next((one for one in _of(found, name) if one.run.seed == seed), None)
+    """By source, and all together; empty of a run that was not evaluated there, or not to the end."""
+    one = next((one for one in _of(found, name) if one.run.seed == seed and one.final), None)
     folder = out / one.run.name / "evaluation" / str(step) if one else None
-    if folder is None or not (folder / "items.jsonl").is_file():
+    if folder is None or not folder.is_dir():
         return {}
     by_source: dict[str, dict[str, tuple[float, float]]] = {EVERYTHING: {}}
-    for item, scores in read_items(folder)["ppl"].items():
+    for item, scores in read_items(folder)[TEXTS].items():
         score = scores["nats"], scores["tokens"]
         by_source.setdefault(item.partition(".jsonl/")[0], {})[item] = score
         by_source[EVERYTHING][item] = score
@@ -166,7 +179,14 @@ def _loss(documents: Documents, reference: Documents, is_baseline: bool) -> str:
 
 
 def compared(documents: Documents, reference: Documents) -> Difference:
-    """Nats per token more than a reference, which has the same documents."""
+    """Nats per token more than a reference on the same documents.
+
+    Raises:
+        EvaluationError: the two were asked of other documents.
+    """
+    sizes = ({name: tokens for name, (_, tokens) in of.items()} for of in (documents, reference))
+    if next(sizes) != next(sizes):
+        raise EvaluationError("runs were evaluated on other held-out texts; delete their folders evaluation, and go on")
     ours, theirs = ([of[name][0] for name in documents] for of in (documents, reference))
     return paired_rate_difference(ours, theirs, [tokens for _, tokens in documents.values()])
 
@@ -182,21 +202,22 @@ def _efficiency_and_routers(found: Sequence[Finding]) -> str:
                 one.run.variant,
                 str(one.run.seed),
                 _efficiency(found, one) if is_main(one.run) else NOTHING,
-                *(NOTHING if gini is None else f"{gini:.2f}" for gini in ginis),
-                f"{last_of(one, 'router/ea/unused') or 0:.0f}",
-                f"{last_of(one, 'steps/skipped') or 0:.0f}",
+                *(number(gini, "{:.2f}") for gini in ginis),
+                number(last_of(one, "router/ea/unused"), "{:.0f}"),
+                number(last_of(one, "steps/skipped"), "{:.0f}"),
             ]
         )
     heads = ["", "seed", "DE", *(f"Gini of {kind.upper()}" for kind in ROUTERS), "idle experts", "skipped steps"]
     return (
         "DE is Table 2's: the tokens that LA needs for its best held-out loss, over those that the variant needs for "
-        "it; a bound where only a bound is known. Gini is how unevenly a router loads its experts at the end (0 is "
-        "even).\n\n"
+        "it; a bound where only a bound is known. The loss is that of the curves below, on a sample of the packed "
+        "held-out rows. Gini is how unevenly a router loads its experts at the end (0 is even): of LA and LA+DA the "
+        "mean over layers, each with its own few experts; of the others over all depths, which share theirs.\n\n"
     ) + table(heads, rows)
 
 
 def _efficiency(found: Sequence[Finding], one: Finding) -> str:
-    baseline = next((b for b in _of(found, BASELINE) if b.run.seed == one.run.seed), None)
+    baseline = next((b for b in _of(found, BASELINE) if b.run.seed == one.run.seed and b.final), None)
     if baseline is None:
         return NOTHING
     (steps, ours), (their_steps, theirs) = loss_curve(one), loss_curve(baseline)
@@ -216,8 +237,8 @@ def loss_curve(one: Finding, last: int | None = None) -> Curve:
 
 def _ablations(plan: Plan, found: Sequence[Finding], out: Path) -> Iterator[str]:
     names = [REFERENCE, "DR", BASELINE, *(variant.name for variant in ABLATIONS)]
-    seeds = sorted({one.run.seed for one in found})
-    first = [one for one in found if one.run.seed == seeds[0]]
+    seed = min(one.run.seed for one in found)
+    first = [one for one in found if one.run.seed == seed]
     yield (
         f"## Ablations of {REFERENCE}\n\n"
         + _losses(names, REFERENCE, first, out, plan.ablation_steps)
@@ -250,15 +271,16 @@ def _pictures(plan: Plan, found: Sequence[Finding], stem: Path) -> Iterator[str]
             yield f"## {panel.title}\n\n![{panel.title}]({draw([panel], TOKENS, path, NATS).name})"
 
 
-def _analysis(found: Sequence[Finding], out: Path, stem: Path) -> Iterator[str]:
+def _analysis(plan: Plan, found: Sequence[Finding], out: Path, stem: Path) -> Iterator[str]:
     """Figures of the door analyze, of the first seed that has all main variants."""
-    done = [one.run for one in found if one.final and is_main(one.run)]
+    done = [one.run for one in found if is_main(one.run) and is_done(one, steps_of(plan, one.run))]
     seed = next((run.seed for run in done if all(run._replace(variant=v.name) in done for v in MAIN)), None)
     if seed is None:
         return
     folders = {v.name: analyze.newest(out / run_of(v.name, seed).name) for v in MAIN}
     together = out / "analysis"
-    analyze.main(["--compare", *map(str, folders.values()), "--out", str(together)])
+    if analyze.main(["--compare", *map(str, folders.values()), "--out", str(together)]):
+        return  # it has said why
     for folder, figures, whose in (
         (together, COMPARED, "all"),
         (folders[REFERENCE], OF_REFERENCE, REFERENCE),

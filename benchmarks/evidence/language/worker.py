@@ -14,9 +14,6 @@ from pathlib import Path
 
 from dreamer_jax.door import guarded
 
-INTERRUPTED = 75
-"""Exit code of a run that a signal ended."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, take the core, and carry the run out."""
@@ -37,14 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
 def carried_out(given: argparse.Namespace) -> int:
     """Do what of the run is not done; returns the exit code."""
     # JAX and NumPy count the cores that are theirs when they are imported.
-    import jax
-
     from benchmarks.evidence.findings import FINAL
-    from benchmarks.evidence.language.held_out import write_texts
+    from benchmarks.evidence.language.held_out import written_texts
     from benchmarks.evidence.language.setup import config_of, plan_of, run_of
+    from benchmarks.evidence.run import INTERRUPTED, cost_of
     from dreamer_jax import analyze, evaluate
-    from dreamer_jax.accounting.flops import generated_flops, training_flops
-    from dreamer_jax.accounting.params import parameters
     from dreamer_jax.files import write_whole
     from dreamer_jax.kernels.cores import use_cores
     from dreamer_jax.training.loop import train
@@ -56,23 +50,14 @@ def carried_out(given: argparse.Namespace) -> int:
     if summary.stopped_by:
         return INTERRUPTED
     if run.rate is None:
-        texts = [word for path in write_texts(config, given.out / "held_out") for word in ("--text", str(path))]
+        texts = [word for path in written_texts(config, given.out) for word in ("--text", str(path))]
         limit = ["--limit", str(plan.held_out_documents)] if plan.held_out_documents else []
         rows = ["--sequences", str(plan.analyzed_rows), "--removal-sequences", str(plan.removal_rows)]
         if code := evaluate.main(["--checkpoint", str(config.run_dir), "--all", *texts, *limit]):
             return code
         if code := analyze.main(["--checkpoint", str(config.run_dir), *rows]):
             return code
-    final = {
-        **run._asdict(),
-        "steps": summary.step,
-        "tokens": summary.step * config.tokens_per_step,
-        "parameters": parameters(config.model).total,
-        "flops_generated": generated_flops(config.model, plan.context).total,
-        "flops_trained": training_flops(config.model, plan.context).total,
-        "device": jax.devices()[0].device_kind,
-    }
-    write_whole(config.run_dir / FINAL, json.dumps(final, indent=1) + "\n")
+    write_whole(config.run_dir / FINAL, json.dumps(cost_of(run, summary), indent=1) + "\n")
     return 0
 
 

@@ -90,7 +90,8 @@ def _fields(folder: Path) -> dict[str, Any]:
     if kind != MODEL_TYPE:
         found = "names no model_type" if kind is None else f"has the model_type {kind!r}"
         raise SourceError(f"'{path}' {found}; --from hf reads '{MODEL_TYPE}' alone, the models that --to hf writes")
-    fields = {"trained_depth": fields.get("num_hidden_layers"), **fields}
+    # Earlier exports have no depth_rope_reversed; the code beside them reversed it always.
+    fields = {"trained_depth": fields.get("num_hidden_layers"), "depth_rope_reversed": True, **fields}
     absent = [name for name in (*SHAPE, "merged") if fields.get(name) is None]
     if absent:
         raise SourceError(f"'{path}' lacks {', '.join(absent)}; take these from the config.json that --to hf wrote")

@@ -114,6 +114,12 @@ def test_without_run_json_the_model_is_read_from_transformers_config(variant, tm
     assert_equal(found.arrays, arrays)
 
 
+def test_an_export_that_knows_no_switch_for_reversed_depths_reverses_them(plain):
+    change(plain / "config.json", depth_rope_reversed=None)
+    (plain / "run.json").unlink()
+    assert load_hf(plain).config.model.depth_rope_reversed is True
+
+
 def test_files_of_an_index_a_tokenizer_and_the_runs_config_come_back(original, tokenizer):
     config, arrays, folder = original
     found = load_hf(folder)
