@@ -131,7 +131,7 @@ def two_hop() -> Setup:
         vocab=224,
         depth=4,
         width=128,
-        steps=12_000,
+        steps=24_000,
         batch=8,
         weight_decay=1.0,
         groups=tuple(Group(name, (name,), chance) for name, chance in tests.items()),
