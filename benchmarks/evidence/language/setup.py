@@ -77,10 +77,10 @@ VARIANTS = {variant.name: variant for variant in (*MAIN, *ABLATIONS)}
 class Plan(NamedTuple):
     """How much is trained."""
 
-    steps: int = 2400
+    steps: int = 1600
     """Of the main variants."""
-    ablation_steps: int = 800
-    pilot_steps: int = 500
+    ablation_steps: int = 400
+    pilot_steps: int = 250
     batch: int = 8
     context: int = 512
     every: int = 100
@@ -184,7 +184,7 @@ def config_of(plan: Plan, run: Run, data: Path, out: Path) -> Config:
         data=data_of(plan, data, out),
         optimizer=OptimizerConfig(
             learning_rate=rate,
-            warmup_steps=min(100, plan.steps // 4),
+            warmup_steps=min(50, plan.steps // 4),
             gradient_clip=1.0,
             expert_bias_rate=BIAS_RATE * rate,
             attention_bias_rate=BIAS_RATE * rate,
