@@ -263,9 +263,13 @@ class OptimizerConfig:
     """AdamW and router balancing (Table 3)."""
 
     learning_rate: Positive = 4e-4
-    """Constant after the warm-up."""
+    """Constant after the warm-up, and until the cooldown if there is one."""
     warmup_steps: CountOrZero = 500
     """Steps of linear warm-up from zero; 0 for none."""
+    cooldown_start: CountOrZero = 0
+    """The step from which on the learning rate falls."""
+    cooldown_steps: CountOrZero = 0
+    """Steps over which it falls in a line to zero; 0 for none. The paper has none."""
     beta1: Share = 0.9
     beta2: Share = 0.999
     epsilon: Positive = 1e-8
@@ -428,6 +432,7 @@ class Config:
     def __post_init__(self) -> None:
         """Check what no single section shows."""
         _check_depths(self)
+        _check_cooldown(self)
 
     @property
     def run_dir(self) -> Path:
@@ -438,6 +443,21 @@ class Config:
     def tokens_per_step(self) -> int:
         """Token positions in an optimizer step."""
         return self.train.batch * self.data.context
+
+
+def _check_cooldown(config: Config) -> None:
+    """No step is trained at a learning rate of zero."""
+    optimizer, start = config.optimizer, config.optimizer.cooldown_start
+    require(
+        optimizer.cooldown_steps > 0 or start == 0,
+        f"optimizer.cooldown_start = {start} needs optimizer.cooldown_steps, over which the learning rate falls",
+    )
+    end = start + optimizer.cooldown_steps
+    require(
+        optimizer.cooldown_steps == 0 or config.train.steps <= end,
+        f"train.steps = {config.train.steps} is beyond the cooldown, which ends with a learning rate of zero after "
+        f"step {end}: give at most as many steps, or a later optimizer.cooldown_start",
+    )
 
 
 def _check_depths(config: Config) -> None:

@@ -127,6 +127,8 @@ def test_lists_become_tuples():
     [
         ("optimizer.learning_rate", (1e-9, 50.0), (0.0, -1e-3, np.nan, np.inf)),
         ("optimizer.warmup_steps", (0, 2**31 - 1), (-1, 2**31)),
+        ("optimizer.cooldown_start", (0, 2**31 - 1), (-1, 2**31)),
+        ("optimizer.cooldown_steps", (0, 2**31 - 1), (-1, 2**31)),
         ("optimizer.beta1", (0.0, 0.999), (1.0, -0.1, np.nan)),
         ("optimizer.beta2", (0.0, 0.999), (1.0, -0.1)),
         ("optimizer.epsilon", (1e-30,), (0.0, -1e-8)),
@@ -419,6 +421,23 @@ def test_a_path_is_read_whole_from_the_folder_at_hand(tmp_path, monkeypatch):
 def test_a_home_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="out '~nobody-of-this-name/runs': there is no such home folder"):
         _ = Config(name="x", out="~nobody-of-this-name/runs").run_dir
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "message"),
+    [
+        ({"cooldown_start": 100}, 100, "optimizer.cooldown_start = 100 needs optimizer.cooldown_steps"),
+        ({"cooldown_start": 100, "cooldown_steps": 20}, 121, "train.steps = 121 is beyond the cooldown.* step 120"),
+    ],
+)
+def test_a_cooldown_that_leaves_steps_without_a_learning_rate_is_refused(optimizer, steps, message):
+    def cooled(steps):
+        return Config(name="x", optimizer=config.OptimizerConfig(**optimizer), train=TrainConfig(steps=steps))
+
+    with pytest.raises(ConfigError, match=message):
+        cooled(steps)
+    if "cooldown_steps" in optimizer:
+        cooled(steps - 1)
 
 
 def stored(array: np.ndarray, save: Any = np.save) -> bytes:

@@ -20,8 +20,8 @@ from dreamer_jax.values import require
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of the project, in which benchmarks is found."""
-MAY_CHANGE = {"out", "data.prepared", "train.steps"}
-"""Keys that may differ from those that a run was begun with: where it lies, and how far it goes."""
+MAY_CHANGE = {"out", "data.prepared", "train.steps", "optimizer.cooldown_start", "optimizer.cooldown_steps"}
+"""Keys that may differ from those that a run was begun with: where it lies, how far it goes, and how it ends."""
 
 
 class Process(Protocol):

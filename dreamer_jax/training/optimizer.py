@@ -1,4 +1,4 @@
-"""AdamW with warm-up, clipping and a weight-decay mask (Table 3), and the balancing of router biases (Eq. 3)."""
+"""AdamW with warm-up, clipping and a weight-decay mask (Table 3), cooldown, the balancing of router biases (Eq. 3)."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,16 @@ from dreamer_jax.model.router import balanced_bias
 
 
 def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Rate of step `step` (from 0): rises linearly, reaches its constant value at step warmup_steps - 1."""
-    warmup = jnp.asarray(max(config.warmup_steps, 1), jnp.float32)
-    return config.learning_rate * jnp.minimum(1.0, (step.astype(jnp.float32) + 1.0) / warmup)
+    """Rate of step `step` (from 0): rises linearly, reaches its constant value at step warmup_steps - 1.
+
+    With a cooldown it falls linearly from step cooldown_start on; it would be zero cooldown_steps later.
+    """
+    at, warmup = step.astype(jnp.float32), jnp.asarray(max(config.warmup_steps, 1), jnp.float32)
+    rate = config.learning_rate * jnp.minimum(1.0, (at + 1.0) / warmup)
+    if not config.cooldown_steps:
+        return rate
+    left = (config.cooldown_start + config.cooldown_steps - at) / config.cooldown_steps
+    return rate * jnp.clip(left, 0.0, 1.0)
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -213,3 +213,9 @@ def test_the_learning_rate_rises_linearly_then_stays():
     config = OptimizerConfig(learning_rate=0.4, warmup_steps=4)
     rates = [float(learning_rate(config, jnp.asarray(step))) for step in range(6)]
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
+
+
+def test_a_cooldown_lets_the_learning_rate_fall_to_zero():
+    config = OptimizerConfig(learning_rate=0.4, warmup_steps=2, cooldown_start=3, cooldown_steps=4)
+    rates = [float(learning_rate(config, jnp.asarray(step))) for step in range(8)]
+    np.testing.assert_allclose(rates, [0.2, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0], rtol=1e-6)
