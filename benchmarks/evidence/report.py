@@ -76,8 +76,9 @@ def hardware(found: Sequence[Finding]) -> str:
 def _opening(setup: Setup, found: Sequence[Finding]) -> Iterator[str]:
     seeds = sorted({one.run.seed for one in found})
     yield f"# {setup.family}: LA, DR and DR+DA of equal cost"
+    cooled = f", the last {setup.cooldown_steps:,} with a falling learning rate" if setup.cooldown_steps else ""
     yield (
-        f"Depth {setup.depth}, context {setup.context}, {setup.batch} rows a step, {setup.steps:,} steps "
+        f"Depth {setup.depth}, context {setup.context}, {setup.batch} rows a step, {setup.steps:,} steps{cooled} "
         f"({setup.steps * setup.tokens_per_step / 1e6:.3g} million token positions), weight decay "
         f"{setup.weight_decay:g}, seeds {', '.join(map(str, seeds))}. All runs of a seed have the same batches. The "
         f"question, the tests and how to run this again: docs/evidence.md. Accuracies in per cent are means over "
