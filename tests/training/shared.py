@@ -13,7 +13,7 @@ from dreamer_jax.training import loop
 def programs_of(config):
     """The config without what no program knows of: where a run reads and writes, how often, and how far it goes."""
     known = ("batch", "microbatches", "seed", "dtype", "remat")
-    train = TrainConfig(**{key: getattr(config.train, key) for key in known})
+    train = TrainConfig(steps=1, **{key: getattr(config.train, key) for key in known})
     data = DataConfig(context=config.data.context)
     plain = {"name": "any", "out": "anywhere", "checkpoint": CheckpointConfig(), "log": LogConfig()}
     return dataclasses.replace(config, **plain, data=data, train=train)
