@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import types
 
 import pytest
 
@@ -26,6 +27,7 @@ from dreamer_jax.accounting.match import TOLERANCE
 from dreamer_jax.accounting.params import parameters
 from dreamer_jax.config import ConfigError, DepthAttentionConfig, ExpertAttentionConfig, SequenceAttentionConfig
 from dreamer_jax.evaluation.requests import EvaluationError
+from dreamer_jax.training import loop
 
 PLAN = Plan(steps=4, ablation_steps=2, every=2)
 
@@ -161,7 +163,7 @@ def small_plan(monkeypatch):
         vocab=400,
         sa=SequenceAttentionConfig(query_heads=2, kv_heads=1, head_size=8),
         da=DepthAttentionConfig(head_size=8),
-        ea=ExpertAttentionConfig(experts=8, active_experts=2, expert_width=64),
+        ea=ExpertAttentionConfig(experts=8, active_experts=2, expert_width=112),
     )
     plan = setup.SMALL._replace(steps=4, batch=8, context=64, documents_per_task=10, held_out_documents=4)
     monkeypatch.setattr(setup, "MODEL", small)
@@ -174,7 +176,12 @@ def carried_out(name, data, out):
 
 
 def test_a_run_is_trained_evaluated_and_analyzed_before_it_is_done(small_plan, data, tmp_path, monkeypatch):
+    def train(config):
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        return types.SimpleNamespace(config=config, step=config.train.steps, stopped_by=None)
+
     asked = []
+    monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(evaluate, "main", lambda words: asked.append(words) or 0)
     monkeypatch.setattr(analyze, "main", lambda words: asked.append(words) or 1)
     assert carried_out("LA", data, tmp_path / "out") == 1

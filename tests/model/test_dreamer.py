@@ -32,8 +32,10 @@ CASES = {
     "DR+DA at some depths": (small("DR+DA", ("da[::2]+sa[1:]", "ea[:2]")), 3),
     "LA+DA at some depths": (small("LA+DA", ("da[1:]", "sa[:2]", "ea[::2]")), 3),
     "DR+DA deeper at some depths": (small("DR+DA", ("da[::2]+sa", "ea[-2:]")), 5),
-    "DR+DA shallower, scaled": (changed(small("DR+DA"), depth_rope_scaling=True), 2),
-    "DR+DA, depths counted up only": (changed(small("DR+DA"), depth_rope_reversed=False), 3),
+    "DR+DA shallower, scaled, counted up": (
+        changed(small("DR+DA"), depth_rope_scaling=True, depth_rope_reversed=False),
+        2,
+    ),
 }
 """Model, and the depth that runs."""
 FURTHER = ("DR+DA at some depths",)
