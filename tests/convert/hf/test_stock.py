@@ -63,7 +63,10 @@ def case(active=2, bias=0.0, orthogonal=False):
     return Case(Config(name="example", model=model, data=DataConfig(context=77)), weights, calibrate(built, TOKENS))
 
 
-def example(change=Change(0, 0, 0)):  # noqa: B008 (immutable)
+NOTHING = Change(0, 0, 0)
+
+
+def example(change=NOTHING):
     """A config, arrays and a calibration that nothing was computed for."""
     arrays = float32(oracle.random_weights(sizes_of(MODEL), seed=1))
     gates = np.random.default_rng(0).normal(size=(3, 7, 32)).astype(np.float32)
