@@ -83,8 +83,6 @@ class Setup:
     weight_decay: float = 0.1
     cooldown_steps: int = 0
     """The last steps, over which the learning rate falls to zero."""
-    response_only: bool = True
-    """Whether the loss is taken on answers alone."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Learning rate by variant; docs/evidence.md tells how far the pilots are."""
 
@@ -148,83 +146,87 @@ def two_hop() -> Setup:
     )
 
 
-HOPS = "hops=(1, 16), length=(64, 128), test_hops=(18, 20, 22, 24), spelling='marks'"
-EVERYWHERE = " everywhere"
-"""Ends the names of p_hop's tests with an answer after each letter."""
+WORKED = "worked"
+"""Names the sources of p_hop and dag_mod7 whose documents ask for more than a test does."""
+HOPS = "hops=(1, 4), length=(16, 28), test_hops=(5, 6, 8), spelling='marks'"
 
 
 def p_hop() -> Setup:
     """Chains of p hops.
 
-    Half of the tokens have an answer after each letter: so many that the task is learned soon. In these, the answers
-    given before help to guess (50 %). The other half asks only at the ends of chains, where they do not help (25 %);
-    such documents are the test. Marks say what p is, so that p that no training has can be asked for. The longest
-    documents have 283 tokens; rows of twice as many are filled better.
+    Half of the training documents ask after many letters, so that the task is learned soon. In these, the answers given
+    before help to guess. The others ask at the ends of chains alone, where they do not help; such documents are the
+    test. Marks say what p is, so that p that no training has can be asked for. The longest documents have 66 tokens.
     """
-    trained, beyond = [f"p={p}" for p in range(1, 17)], [f"p={p}" for p in (18, 20, 22, 24)]
-    everywhere = tuple(name + EVERYWHERE for name in trained)
+    trained, beyond = [f"p={p}" for p in range(1, 5)], [f"p={p}" for p in (5, 6, 8)]
+    worked = tuple(f"{name} {WORKED}" for name in trained)
     return Setup(
         family="p_hop",
         sources=(
-            Source("ends", tasks=(f"p_hop({HOPS}, asked='ends', seed=1)",), documents_per_task=100_000),
-            Source("everywhere", tasks=(f"p_hop({HOPS}, asked='all')",), documents_per_task=50_000),
+            Source("ends", tasks=(f"p_hop({HOPS}, asked='ends', seed=1)",), documents_per_task=200_000),
+            Source(WORKED, tasks=(f"p_hop({HOPS}, asked='some')",), documents_per_task=200_000),
         ),
-        context=576,
+        context=128,
         vocab=16,
-        depth=8,
+        depth=4,
         width=64,
         expert_width=96,
-        steps=4000,
-        batch=4,
+        steps=6600,
+        cooldown_steps=600,
+        batch=8,
         groups=(
-            Group("p = 1 to 16", tuple(trained), 0.25),
-            Group("p = 18 to 24", tuple(beyond), 0.25),
-            Group("p = 1 to 4", tuple(trained[:4]), 0.25),
-            Group("p = 5 to 8", tuple(trained[4:8]), 0.25),
-            Group("p = 9 to 16", tuple(trained[8:]), 0.25),
-            Group("p = 1 to 16, asked everywhere", everywhere, 0.5),
+            Group("p = 1 to 4", tuple(trained), 0.25),
+            Group("p = 5 to 8", tuple(beyond), 0.25),
+            Group("p = 1 or 2", tuple(trained[:2]), 0.25),
+            Group("p = 3 or 4", tuple(trained[2:]), 0.25),
+            Group("p = 1 to 4, worked", worked, 0.35),
         ),
-        along=(
-            *(f"p={p}" for p in (1, 2, 3, 4, 6, 8, 12, 16, 20, 24)),
-            *(f"p={p}{EVERYWHERE}" for p in (1, 4, 16)),
-        ),
-        along_documents=64,
-        swept_documents=50,
-        evaluate_every=250,
-        pilot_steps=1000,
+        along=(*trained, *beyond, *worked),
+        along_documents=150,
+        swept_documents=100,
+        evaluate_every=300,
+        pilot_steps=1200,
         variants=(*VARIANTS, f"DR{RANDOM}", f"DR+DA{RANDOM}"),
-        random_depths="uniform(4, 12)",
+        random_depths="uniform(2, 6)",
         rates=dict.fromkeys(VARIANTS, 1e-3),
     )
+
+
+GRAPHS = "definitions=(2, 5), test_definitions=(6, 10), names=10"
 
 
 def dag_mod7() -> Setup:
     """Values that depend on each other, all of which a hidden state of one width must hold.
 
-    The loss is taken on all tokens, of which one in 30 is an answer. With a loss on answers alone, all tokens looked
-    the same to the routers of DR+DA from the third depth on: after 300 steps two of 102 experts had most of the load.
+    Half of the training documents show working: they ask for the values of some lines and of all variables. From one
+    answer in 30 tokens alone, and that after several steps, nothing was learned in the time there is.
     """
-    trained, beyond = [f"definitions={n}" for n in range(3, 9)], [f"definitions={n}" for n in range(9, 17)]
+    trained, beyond = [f"definitions={n}" for n in range(3, 6)], [f"definitions={n}" for n in range(6, 11)]
+    worked = tuple(f"{name} {WORKED}" for name in trained)
     return Setup(
         family="dag_mod7",
-        sources=(Source("problems", tasks=("dag_mod7()",), documents_per_task=400_000),),
+        sources=(
+            Source("problems", tasks=(f"dag_mod7({GRAPHS}, seed=1)",), documents_per_task=200_000),
+            Source(WORKED, tasks=(f"dag_mod7({GRAPHS}, asked='some')",), documents_per_task=200_000),
+        ),
         context=128,
-        vocab=40,
-        depth=8,
+        vocab=32,
+        depth=4,
         width=64,
         expert_width=96,
-        steps=6000,
-        batch=16,
+        steps=8000,
+        cooldown_steps=800,
+        batch=8,
         groups=(
-            Group("3 to 8 definitions", tuple(trained), 0.15),
-            Group("9 to 16 definitions", tuple(beyond), 0.15),
+            Group("3 to 5 definitions", tuple(trained), 0.15),
+            Group("6 to 10 definitions", tuple(beyond), 0.15),
+            Group("3 to 5 definitions, worked", worked, 0.53),
         ),
-        along=tuple(f"definitions={n}" for n in (3, 4, 6, 8, 10, 12, 14, 16)),
+        along=(*trained, *beyond, *worked),
         along_documents=150,
         swept_documents=100,
-        evaluate_every=300,
-        pilot_steps=1500,
-        response_only=False,
+        evaluate_every=400,
+        pilot_steps=2000,
         widths=(32, 128),
         rates=dict.fromkeys(VARIANTS, 1e-3),
     )
@@ -433,6 +435,6 @@ def data_of(setup: Setup, out: Path) -> DataConfig:
         tokenizer="words",
         prompt_template="{text} ",
         response_template="{text}",
-        response_only=setup.response_only,
+        response_only=True,
         context=setup.context,
     )

@@ -29,9 +29,10 @@ from benchmarks.evidence.findings import (
     steps_to,
 )
 from benchmarks.evidence.report import write_report
-from benchmarks.evidence.setup import FAMILIES, Run, config_of, pilots_of, runs_of, setup_of, sized
+from benchmarks.evidence.setup import FAMILIES, WORKED, Run, config_of, pilots_of, runs_of, setup_of, sized
 from dreamer_jax.accounting.match import TOLERANCE, MatchError
 from dreamer_jax.config import ConfigError, Source, to_json
+from dreamer_jax.data.families import dag_mod7
 from dreamer_jax.data.families.p_hop import NONE
 from dreamer_jax.data.files import DataError
 from dreamer_jax.data.template import Template
@@ -131,7 +132,7 @@ def test_runs_of_a_seed_differ_in_their_models_alone(tmp_path):
 def test_random_depths_are_a_matter_of_training(tmp_path):
     setup = setup_of("p_hop")
     plain, random = (config_of(setup, Run("p_hop", variant, 64, 0), tmp_path) for variant in ("DR", "DR random"))
-    assert (plain.train.depths, random.train.depths) == ("", "uniform(4, 12)")
+    assert (plain.train.depths, random.train.depths) == ("", "uniform(2, 6)")
     assert plain.model == random.model
 
 
@@ -237,6 +238,18 @@ def test_a_test_that_asks_for_what_is_trained_on_is_refused():
     with pytest.raises(DataError, match="training documents have as well"):
         check_tests(dataclasses.replace(TINY, sources=(*TINY.sources, leaking)))
     check_tests(TINY)
+
+
+def test_a_test_with_working_may_have_the_problems_of_that_without():
+    graphs = "definitions=(2, 2), test_definitions=(3, 3)"
+    sources = (
+        Source("problems", tasks=(f"dag_mod7({graphs}, seed=1)",), documents_per_task=200),
+        Source(WORKED, tasks=(f"dag_mod7({graphs}, asked='some')",), documents_per_task=200),
+    )
+    setup = dataclasses.replace(TINY, sources=sources)
+    alone, worked = (documents_of(setup)[f"definitions=2{ending}"] for ending in ("", f" {WORKED}"))
+    assert {dag_mod7.same(document) for document in alone} & {dag_mod7.same(document) for document in worked}
+    check_tests(setup)
 
 
 def test_an_answer_is_right_where_the_token_before_it_foretells_it():

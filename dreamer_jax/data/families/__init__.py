@@ -12,7 +12,7 @@ from dreamer_jax.data.document import Document, prompt_digest
 from dreamer_jax.data.families import dag_mod7, p_hop, two_hop
 from dreamer_jax.data.files import DataError
 
-VERSION = 2
+VERSION = 3
 """Raise when the same settings and seed would give other documents."""
 
 
@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {
     "two_hop": Family(
         two_hop.Settings, two_hop.train, two_hop.validation, two_hop.tests, two_hop.words, is_finite=True
     ),
-    "p_hop": Family(p_hop.Settings, p_hop.train, p_hop.validation, p_hop.tests, p_hop.words),
+    "p_hop": Family(p_hop.Settings, p_hop.train, p_hop.validation, p_hop.tests, p_hop.words, p_hop.same),
     "dag_mod7": Family(
         dag_mod7.Settings, dag_mod7.train, dag_mod7.validation, dag_mod7.tests, dag_mod7.words, dag_mod7.same
     ),

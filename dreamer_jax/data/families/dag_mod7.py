@@ -1,14 +1,21 @@
 """dag_mod7: definitions modulo 7 that depend on each other, and the value of one of them, answered without working.
 
-    v3 = 4 ; v11 = v3 * 5 ; v8 = v3 - v11 ; v1 = v8 + 2 ; ? v8   -> 5
+    4 = v3 . v3 * 5 = v11 . v3 - v11 = v8 . v8 + 2 = v1 . ; v8   -> 5
+
+A line says what is computed and then the name of the result; a dot stands where its value would. So a name and its
+value are neighbours, and a name finds its value behind an earlier one as induction heads do. Where a name comes first
+("v11 = v3 * 5"), the way from it to its value is longer for a longer definition.
 
 A definition is a number, or an earlier variable with a number (+ or - 1 to 6, * 2 to 6), or the sum or difference of
 two earlier variables. Nothing is multiplied by another variable or by 0: where an operand changes, so does the result,
 and all answers are nearly equally frequent. The variable that is asked for depends on at least half as many others as
 there are definitions, so that several values must be kept until they are used.
 
+`asked="some"` shows working: values of some lines are asked for in their places, and in the end all values are. It is
+there to be trained on beside the other kind, in which one answer of 30 tokens has to teach everything.
+
 Two problems are the same if they differ only in the names of variables, in the order of lines or of what is added, or
-in which of several variables with the same definition is meant. In this sense no problem of the training is in a test.
+in what is asked. In this sense no problem of the training is in a test.
 
 The family follows no paper. Arithmetic modulo a small prime over a graph of dependencies, answered in one token, is
 common in work on what models compute without writing it down.
@@ -28,6 +35,8 @@ from dreamer_jax.data.families.parts import Part, distinct, part_of
 from dreamer_jax.data.families.settings import STRICT, Range, Size
 
 MODULUS = 7
+NOT_ASKED = "."
+"""In the place of a value that is not asked for."""
 NUMBER, WITH_NUMBER = 0.2, 0.45
 """Of random numbers from 0 to 1: below the first a definition is a number, below the second it has one."""
 
@@ -44,6 +53,9 @@ class Settings:
     """Documents of each test."""
     names: Annotated[int, Field(ge=8, le=10_000)] = 20
     """Variables to choose from: v1, v2, ..."""
+    asked: Literal["query", "some"] = "query"
+    """What is asked for: one value at the end; or the values of a share of the lines, which is drawn for each document,
+    and at the end those of all variables."""
     order: Literal["topological", "shuffled"] = "topological"
     """Whether a definition follows those that it depends on. Then its value can be found as soon as it is read; where
     they are shuffled, most of the work is left for the last token."""
@@ -101,16 +113,18 @@ def values(definitions: Sequence[Definition]) -> list[int]:
     return found
 
 
-def read(prompt: str) -> Problem:
-    """The problem of a text, whatever the order of its lines."""
-    *lines, question = prompt.split(" ; ")
-    texts = dict(line.split(" = ") for line in lines)
+def read(given: str) -> Problem:
+    """The problem of all that a document gives, whatever the order of its lines."""
+    body, query = given.replace(f" {NOT_ASKED}", "").split(" ; ")
+    first, *others = body.split(" = ")
+    names, rest = zip(*(other.partition(" ")[::2] for other in others), strict=True)
+    texts = dict(zip(names, [first, *rest], strict=False))  # behind the last name there is nothing
     waiting = {name: [term for term in text.split() if term in texts] for name, text in texts.items()}
     place: dict[str, int] = {}
     while len(place) < len(texts):
         ready = [name for name in texts if name not in place and place.keys() >= set(waiting[name])]
         place |= {name: len(place) + i for i, name in enumerate(ready)}
-    return Problem(tuple(_definition_of(texts[name], place) for name in place), place[question.removeprefix("? ")])
+    return Problem(tuple(_definition_of(texts[name], place) for name in place), place[query.split()[0]])
 
 
 def _definition_of(text: str, place: Mapping[str, int]) -> Definition:
@@ -121,9 +135,9 @@ def _definition_of(text: str, place: Mapping[str, int]) -> Definition:
     return Definition(terms[1] if operands else "", operands, number)
 
 
-def shape_of(prompt: str) -> Shape:
-    """What the text of a problem asks for, whatever the order of its definitions."""
-    definitions, query = read(prompt)
+def shape_of(given: str) -> Shape:
+    """How much there is to do for the first variable that a document asks for at its end."""
+    definitions, query = read(given)
     depth: list[int] = []
     behind: list[set[int]] = []
     for made in definitions:
@@ -134,19 +148,19 @@ def shape_of(prompt: str) -> Shape:
 
 def same(document: Document) -> str:
     """A key that is equal for two documents with the same problem."""
-    return _key(read(document.prompt))
+    return _key(read(document.given).definitions)
 
 
-def _key(problem: Problem) -> str:
-    """Digests of what is asked for and of all definitions, each with those behind it in the place of their names."""
+def _key(definitions: Sequence[Definition]) -> str:
+    """Digests of all definitions, each with those behind it in the place of their names."""
     found: list[str] = []
-    for operator, operands, number in problem.definitions:
+    for operator, operands, number in definitions:
         terms = [found[operand] for operand in operands]
         if operator == "+":
             terms.sort()
         text = f"{operator} {terms} {number}"
         found.append(hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
-    return " ".join([found[problem.query], *sorted(found)])
+    return " ".join(sorted(found))
 
 
 def train(settings: Settings, count: int, seed: int) -> Iterator[Document]:
@@ -173,7 +187,7 @@ def tests(settings: Settings, seed: int) -> dict[str, list[Document]]:
 def words(settings: Settings) -> tuple[str, ...]:
     """Every word of the documents."""
     numbers = (str(n) for n in range(MODULUS))
-    return (*(f"v{n}" for n in range(1, settings.names + 1)), *numbers, "=", "+", "-", "*", ";", "?")
+    return (*(f"v{n}" for n in range(1, settings.names + 1)), *numbers, "=", "+", "-", "*", ";", NOT_ASKED)
 
 
 def _documents(settings: Settings, definitions: tuple[int, int], seed: int, part: Part) -> Iterator[Document]:
@@ -182,9 +196,9 @@ def _documents(settings: Settings, definitions: tuple[int, int], seed: int, part
     while True:
         size = draw.randint(*definitions)
         problem = _problem(draw, size)
-        while part_of(_key(problem)) != part:
+        while part_of(_key(problem.definitions)) != part:
             problem = _problem(draw, size)
-        yield Document(_written(problem, settings, draw), str(values(problem.definitions)[problem.query]))
+        yield _document(problem, settings, draw)
 
 
 def _problem(draw: random.Random, size: int) -> Problem:
@@ -220,17 +234,36 @@ def _definition(draw: random.Random, place: int, unused: Sequence[int]) -> Defin
     return Definition(draw.choice("+-"), tuple(operands), 0)
 
 
-def _written(problem: Problem, settings: Settings, draw: random.Random) -> str:
-    """The text of a problem, with names drawn for its variables and in the order of the settings."""
-    names = [f"v{n}" for n in draw.sample(range(1, settings.names + 1), len(problem.definitions))]
-    lines = [_line(name, made, names) for name, made in zip(names, problem.definitions, strict=True)]
+def _document(problem: Problem, settings: Settings, draw: random.Random) -> Document:
+    """A problem, with names drawn for its variables, its lines in the order of the settings, and what is asked."""
+    definitions, query = problem
+    names = [f"v{n}" for n in draw.sample(range(1, settings.names + 1), len(definitions))]
+    found = [str(value) for value in values(definitions)]
+    order = list(range(len(definitions)))
     if settings.order == "shuffled":
-        draw.shuffle(lines)
-    return f"{' '.join(lines)} ? {names[problem.query]}"
+        draw.shuffle(order)
+    share, queries = 0.0, [query]
+    if settings.asked == "some":
+        share, queries = draw.random(), draw.sample(order, len(order))
+    turns: list[tuple[str, str]] = []
+    given: list[str] = []
+    for place in order:
+        given += [*_terms(definitions[place], names), "=", names[place]]
+        if draw.random() < share:
+            turns.append((" ".join(given), found[place]))
+            given = []
+        else:
+            given.append(NOT_ASKED)
+    given.append(";")
+    for place in queries:
+        turns.append((" ".join([*given, names[place]]), found[place]))
+        given = []
+    return Document(*turns[0], tuple(turns[1:]))
 
 
-def _line(name: str, made: Definition, names: Sequence[str]) -> str:
-    terms = [names[operand] for operand in made.operands]
-    if len(terms) < 2:
-        terms.append(str(made.number))
-    return f"{name} = {f' {made.operator} '.join(terms)} ;"
+def _terms(made: Definition, names: Sequence[str]) -> list[str]:
+    """The words of a definition."""
+    if not made.operands:
+        return [str(made.number)]
+    left, *others = (names[operand] for operand in made.operands)
+    return [left, made.operator, *(others or [str(made.number)])]

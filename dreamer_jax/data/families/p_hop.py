@@ -12,7 +12,8 @@ sequence:
 
 The answer before mostly belongs to another chain, so copying it does not help. But the answers given at hop(i),
 hop(hop(i)), ... are the letters of the same chain that follow answer_i, and no letter of a chain equals the next. So a
-model that does two hops guesses right more often (docs/data.md has the figures). `asked="ends"` gives no such answers.
+model that does two hops guesses right more often (docs/data.md has the figures). `asked="ends"` gives no such answers:
+it asks where no later hop leads to, and puts a dot in the place of all other answers.
 
 After "Transformers, parallel computation, and logarithmic depth" (Sanford et al., arXiv 2402.09268) and "Reasoning with
 latent thoughts" (Saunshi et al., arXiv 2502.17416).
@@ -24,7 +25,6 @@ would be no harder than 8.
 
 import itertools
 from collections.abc import Iterator
-from operator import attrgetter
 from typing import Annotated, Literal
 
 import numpy as np
@@ -43,6 +43,8 @@ NONE = "-"
 ANSWERS = (*(letter.upper() for letter in LETTERS), NONE)
 """By the number of the letter, and by `BROKEN`."""
 BROKEN = len(LETTERS)
+NOT_ASKED = "."
+"""In the place of an answer that is not asked for. So letters and answers stand alike in all documents."""
 MEAN_HOP = 3
 """Positions that a hop leads back on average: a letter comes again after 4 positions."""
 TRIES = 100_000
@@ -57,9 +59,10 @@ class Settings:
     """p, in training and validation."""
     length: Range = (64, 128)
     """Letters of a sequence. With an answer after each, a document of n letters has 2 n + 3 tokens."""
-    asked: Literal["all", "ends"] = "all"
-    """Where answers are asked for: after each letter, or only where no later hop leads to. These are 3 in a sequence,
-    each at the end of a chain of its own, and no answer tells anything of another's chain."""
+    asked: Literal["all", "some", "ends"] = "all"
+    """Where answers are asked for: after each letter; after a share of them that is drawn for each document, and at
+    the ends; or at the ends alone, where no later hop leads to. These are 3 in a sequence, each at the end of a chain
+    of its own, and no answer tells anything of another's chain."""
     test_hops: Annotated[tuple[Size, ...], Field(max_length=100), LISTED] = (18, 20, 22, 24)
     """Further p to test with, beside all those of the training."""
     test_size: Size = 200
@@ -111,13 +114,19 @@ def validation(settings: Settings, count: int, seed: int) -> Iterator[Document]:
 def tests(settings: Settings, seed: int) -> dict[str, list[Document]]:
     """Documents of each p by its name, such as p=16: those of the training, then `test_hops`. None comes twice."""
     drawn = {p: _documents(settings, (p, p), seed, "tests") for p in _tested(settings)}
-    return {f"p={p}": distinct(of, settings.test_size, attrgetter("given")) for p, of in drawn.items()}
+    return {f"p={p}": distinct(of, settings.test_size, same) for p, of in drawn.items()}
 
 
 def words(settings: Settings) -> tuple[str, ...]:
     """Every word of the documents, those of the tests included."""
     numbers = _tested(settings) if settings.spelling == "word" else [1]
-    return (*(_number(p, settings) for p in numbers), *LETTERS, *ANSWERS)
+    dot = () if settings.asked == "all" else (NOT_ASKED,)
+    return (*(_number(p, settings) for p in numbers), *LETTERS, *ANSWERS, *dot)
+
+
+def same(document: Document) -> str:
+    """A key that is equal for two documents with the same p and letters, wherever they ask."""
+    return document.given.replace(f" {NOT_ASKED}", "")
 
 
 def _tested(settings: Settings) -> list[int]:
@@ -134,7 +143,7 @@ def _documents(settings: Settings, hops: tuple[int, int], seed: int, part: Part)
     while True:
         p = int(draw.integers(hops[0], hops[1] + 1))
         letters = _fitting(draw, settings, p, part)
-        places = _places(letters, settings)
+        places = _places(draw, letters, settings)
         yield _document(_number(p, settings), letters, places, answers(letters, p)[places])
 
 
@@ -164,13 +173,14 @@ def _sequence(draw: np.random.Generator, length: int) -> Int[np.ndarray, "N"]:
     return np.cumsum(steps) % len(LETTERS)
 
 
-def _places(letters: Int[np.ndarray, "N"], settings: Settings) -> Int[np.ndarray, "A"]:
+def _places(draw: np.random.Generator, letters: Int[np.ndarray, "N"], settings: Settings) -> Int[np.ndarray, "A"]:
     """The positions after which an answer is asked for; the last is always one of them."""
-    is_asked = np.ones(len(letters) + 1, bool)
-    if settings.asked == "ends":
-        is_asked[hop(letters)] = False
-        is_asked[0] = False  # no hop leads to the first letter, nor from it
-    return np.flatnonzero(is_asked[:-1])
+    share = {"all": 1.0, "some": draw.random(), "ends": 0.0}[settings.asked]
+    is_asked = draw.random(len(letters)) < share
+    is_end = np.ones(len(letters) + 1, bool)
+    is_end[hop(letters)] = False
+    is_end[0] = False  # no hop leads to the first letter, nor from it
+    return np.flatnonzero(is_asked | is_end[:-1])
 
 
 def _number(p: int, settings: Settings) -> str:
@@ -183,6 +193,6 @@ def _document(
     """The letters up to each place are given, and its answer follows."""
     texts = [LETTERS[letter] for letter in letters.tolist()]
     ends = [place + 1 for place in places.tolist()]
-    given = [" ".join(texts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    given = [f" {NOT_ASKED} ".join(texts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
     answered = [ANSWERS[answer] for answer in found.tolist()]
     return Document(f"{number} {given[0]}", answered[0], tuple(zip(given[1:], answered[1:], strict=True)))

@@ -11,9 +11,14 @@ SETTINGS = dag_mod7.Settings()
 
 
 def parsed(document: Document) -> tuple[dict[str, list[str]], str]:
-    """The words of each definition by its name, and what is asked for."""
-    *lines, question = document.prompt.split(" ; ")
-    return {words[0]: words[2:] for words in map(str.split, lines)}, question.split()[1]
+    """The words of each definition by its name, and what is asked for first at the end."""
+    body, query = document.given.split(" ; ")
+    words = [word for word in body.split() if word != "."]
+    definitions: dict[str, list[str]] = {}
+    while words:
+        end = words.index("=")
+        definitions[words[end + 1]], words = words[:end], words[end + 2 :]
+    return definitions, query.split()[0]
 
 
 def value(definitions: dict[str, list[str]], term: str) -> int:
@@ -44,6 +49,33 @@ def test_the_answer_is_the_value_of_what_is_asked_for(order: str):
     for document in dag_mod7.train(dag_mod7.Settings(order=order), 100, 1):
         definitions, query = parsed(document)
         assert document.response == str(value(definitions, query))
+        assert not document.further
+
+
+def test_the_example_of_the_documentation():
+    document = Document("4 = v3 . v3 * 5 = v11 . v3 - v11 = v8 . v8 + 2 = v1 . ; v8", "5")
+    definitions, query = parsed(document)
+    assert (value(definitions, query), value(definitions, "v1")) == (5, 0)
+    assert dag_mod7.shape_of(document.prompt) == (4, 2, 2)
+
+
+@pytest.mark.parametrize("order", ["topological", "shuffled"])
+def test_working_shows_values_where_they_belong_and_all_of_them_at_the_end(order: str):
+    shares = []
+    for document in dag_mod7.train(dag_mod7.Settings(asked="some", order=order), 100, 1):
+        definitions, _ = parsed(document)
+        turns = [(document.prompt, document.response), *document.further]
+        at_line = [turn for turn in turns if "=" in turn[0] and ";" not in turn[0]]
+        at_end = turns[len(at_line) :]
+        shares.append(len(at_line) / len(definitions))
+        names = [given.split()[-1] for given, _ in at_end]
+        assert sorted(names) == sorted(definitions)
+        assert all(answer == str(value(definitions, name)) for name, (_, answer) in zip(names, at_end, strict=True))
+        assert all(answer == str(value(definitions, given.split()[-1])) for given, answer in at_line)
+        assert document.given.count(".") == len(definitions) - len(at_line)
+    assert min(shares) == 0
+    assert max(shares) == 1
+    assert 0.4 < sum(shares) / len(shares) < 0.6
 
 
 @pytest.mark.parametrize("order", ["topological", "shuffled"])
@@ -84,7 +116,7 @@ def test_each_form_of_definition_occurs_and_none_multiplies_by_zero_or_by_a_vari
 def test_answers_are_nearly_equally_frequent_for_each_number_of_definitions():
     train = list(dag_mod7.train(SETTINGS, 2000, 1))
     for size in range(2, 9):
-        answers = Counter(document.response for document in train if document.prompt.count(";") == size)
+        answers = Counter(document.response for document in train if document.prompt.count("=") == size)
         assert answers.total() > 200
         assert max(answers.values()) / answers.total() < 0.24
     answers = Counter(document.response for document in train)
@@ -96,24 +128,28 @@ def test_all_names_are_used_and_no_document_uses_one_twice():
     names: Counter[str] = Counter()
     for document in dag_mod7.train(SETTINGS, 300, 1):
         definitions, _ = parsed(document)
-        assert len(definitions) == document.prompt.count(";")
+        assert len(definitions) == document.prompt.count("=")
         names.update(list(definitions))
     assert names.keys() == {f"v{n}" for n in range(1, 21)}
 
 
-def test_a_problem_is_the_same_with_other_names_and_in_another_order():
-    one = "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 + v2 ; v4 = 5 ; ? v3"
-    again = "v4 = 5 ; v9 = v7 + v8 ; v7 = v8 * 2 ; v8 = 3 ; ? v9"
-    others = (
-        "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 + v2 ; v4 = 5 ; ? v2",
-        "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 + v2 ; v4 = 6 ; ? v3",
-        "v1 = 3 ; v2 = v1 * 2 ; v3 = v1 - v2 ; v4 = 5 ; ? v3",
-        "v1 = 3 ; v2 = v1 * 2 ; v3 = v2 - v1 ; v4 = 5 ; ? v3",
-        "v1 = 3 ; v2 = v1 * 2 ; v3 = v4 + v2 ; v4 = 5 ; ? v3",
+def test_a_problem_is_the_same_with_other_names_in_another_order_and_wherever_it_asks():
+    one = "3 = v1 . v1 * 2 = v2 . v1 + v2 = v3 . 5 = v4 . ; v3"
+    same = (
+        "5 = v4 . v7 + v8 = v9 . v8 * 2 = v7 . 3 = v8 . ; v9",
+        "3 = v1 v1 * 2 = v2 . v1 + v2 = v3 5 = v4 . ; v4 v2 v1 v3",
+        "3 = v1 . v1 * 2 = v2 . v1 + v2 = v3 . 5 = v4 . ; v2",
     )
-    key, same, *different = (dag_mod7.same(Document(prompt, "")) for prompt in (one, again, *others))
-    assert key == same
-    assert len({key, *different}) == 6
+    others = (
+        "3 = v1 . v1 * 2 = v2 . v1 + v2 = v3 . 6 = v4 . ; v3",
+        "3 = v1 . v1 * 2 = v2 . v1 - v2 = v3 . 5 = v4 . ; v3",
+        "3 = v1 . v1 * 2 = v2 . v2 - v1 = v3 . 5 = v4 . ; v3",
+        "3 = v1 . v1 * 2 = v2 . v4 + v2 = v3 . 5 = v4 . ; v3",
+        "3 = v1 . v1 * 2 = v2 . v1 + v2 = v3 . ; v3",
+    )
+    key = dag_mod7.same(Document(one, ""))
+    assert {dag_mod7.same(Document(prompt, "")) for prompt in same} == {key}
+    assert len({key, *(dag_mod7.same(Document(prompt, "")) for prompt in others)}) == 6
 
 
 @pytest.mark.parametrize("order", ["topological", "shuffled"])
@@ -150,5 +186,5 @@ def test_each_part_has_problems_of_two_definitions_and_all_of_them_once_in_its_t
     tests = dag_mod7.tests(settings, 1)
     every.append({dag_mod7.same(document) for document in tests["definitions=2"]})
     assert sum(map(len, every)) == len(set.union(*every)) == 7 * 17
-    assert list(map(len, every)) == [98, 8, 13]
+    assert list(map(len, every)) == [90, 14, 15]
     assert len(tests["definitions=3"]) == 30

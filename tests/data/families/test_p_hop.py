@@ -15,10 +15,10 @@ SETTINGS = p_hop.Settings()
 
 def read(document: Document) -> tuple[int, list[str], dict[int, str]]:
     """p, the letters, and the answers by position."""
-    number, *letters = document.prompt.split()
+    number, *letters = document.prompt.replace(" .", "").split()
     answered = {len(letters) - 1: document.response}
     for given, answer in document.further:
-        letters += given.split()
+        letters += given.replace(" .", "").split()
         answered[len(letters) - 1] = answer
     return int(number.removeprefix("p=")), letters, answered
 
@@ -34,7 +34,7 @@ def walked(letters: list[str], start: int, hops: int) -> str:
     return letters[place].upper()
 
 
-@pytest.mark.parametrize("asked", ["all", "ends"])
+@pytest.mark.parametrize("asked", ["all", "some", "ends"])
 def test_answers_are_those_of_walking_back_step_by_step(asked: str):
     for document in p_hop.train(p_hop.Settings(asked=asked), 30, 1):
         hops, letters, answered = read(document)
@@ -104,6 +104,34 @@ def test_ends_are_on_chains_of_their_own():
                 chains[-1].add(place)
         assert len(chains) == 3
         assert len(set.union(*chains)) == sum(map(len, chains)) == len(letters) - 1
+
+
+@pytest.mark.parametrize("asked", ["all", "some", "ends"])
+def test_each_letter_is_followed_by_its_answer_or_by_a_dot(asked: str):
+    for document in p_hop.train(p_hop.Settings(asked=asked), 30, 1):
+        turns = [(document.prompt.partition(" ")[2], document.response), *document.further]
+        words = " ".join([f"{given} {answer}" for given, answer in turns]).split()
+        _, letters, answered = read(document)
+        assert words[::2] == letters
+        assert [place for place, word in enumerate(words[1::2]) if word != "."] == sorted(answered)
+
+
+def test_a_share_of_the_answers_is_asked_for_that_differs_from_document_to_document():
+    found = [read(document) for document in p_hop.train(p_hop.Settings(asked="some"), 300, 1)]
+    shares = np.array([len(answered) / len(letters) for _, letters, answered in found])
+    assert shares.min() < 0.1
+    assert shares.max() > 0.95
+    assert 0.45 < shares.mean() < 0.57
+
+
+def test_two_documents_are_the_same_wherever_they_ask():
+    all_asked, *others = (
+        Document("p=2 a", "-", (("b", "-"), ("a", "-"))),
+        Document("p=2 a . b", "-", (("a", "-"),)),
+        Document("p=2 a . b . a", "-"),
+    )
+    assert {p_hop.same(document) for document in others} == {p_hop.same(all_asked)}
+    assert p_hop.same(Document("p=1 a . b . a", "-")) != p_hop.same(all_asked)
 
 
 def test_each_p_has_a_test_of_its_own_and_some_were_never_trained():
