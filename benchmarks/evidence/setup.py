@@ -27,7 +27,7 @@ from dreamer_jax.values import require
 BASELINE = "LA"
 RANDOM = " random"
 """Ends the names of variants that train at random depths."""
-RATES = (1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates that the pilot tries."""
 HEAD = 32
 """Size of heads and of routers' queries."""
