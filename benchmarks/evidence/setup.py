@@ -198,8 +198,9 @@ GRAPHS = "definitions=(2, 5), test_definitions=(6, 10), names=10"
 def dag_mod7() -> Setup:
     """Values that depend on each other, all of which a hidden state of one width must hold.
 
-    Half of the training documents show working: they ask for the values of some lines and of all variables. From one
-    answer in 30 tokens alone, and that after several steps, nothing was learned in the time there is.
+    Half of the training documents show working: they ask for the values of some lines and of all variables. Of the
+    others one token in 30 is an answer, after several steps; from these alone a pilot learned nothing
+    (docs/evidence.md).
     """
     trained, beyond = [f"definitions={n}" for n in range(3, 6)], [f"definitions={n}" for n in range(6, 11)]
     worked = tuple(f"{name} {WORKED}" for name in trained)
