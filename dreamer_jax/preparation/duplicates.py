@@ -253,7 +253,8 @@ def _duplicates(work: Work, keyed: Mapping[str, Record], canonical: Mapping[str,
     """The files of rows that are dropped, by cause, and a key of all that shaped them."""
     settings = asdict(work.recipe.duplicates)
     bands = [file_path(work.folder, "keys", name, "bands.parquet") for name in keyed]
-    kinds: list[Kind] = ["exact", *(["near"] if settings["near"] else []), "answers"]  # type: ignore[list-item]
+    near: list[Kind] = ["near"] if settings["near"] else []
+    kinds: list[Kind] = ["exact", *near, "answers"]
     key = stage_key("duplicates", [record.files for record in keyed.values()])
     dropped: dict[Kind, Path] = {}
     for kind in kinds:
