@@ -3,6 +3,7 @@
     python -m benchmarks.evidence two_hop --out DIR [--seeds 0 1 2] [--variants LA DR DR+DA] [--small] [--minutes N]
     python -m benchmarks.evidence two_hop --out DIR --pilot       # learning rates, of one seed
     python -m benchmarks.evidence two_hop --out DIR --report      # the report of what is there, no training
+    python -m benchmarks.evidence two_hop --out DIR --finished FILE_runs.jsonl.gz   # adds to an earlier report
 
 Runs that are done are left as they are, and those that were ended go on.
 """
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("family", choices=("two_hop", "p_hop", "dag_mod7"))
+    parser.add_argument("--finished", type=Path, help="the packed runs of an earlier report, which count as done")
     return guarded(lambda: carried_out(asked(parser, arguments)), doing="--out")
 
 
@@ -60,6 +62,7 @@ def carried_out(given: argparse.Namespace) -> int:
     """Train what is not trained, and write the report; returns the exit code."""
     # Late, so that --help does not wait for them.
     from benchmarks.evidence import campaign
+    from benchmarks.evidence.packed import unpack
     from benchmarks.evidence.report import pilot_table, write_report
     from benchmarks.evidence.setup import checked_variants, config_of, matches, pilots_of, runs_of, setup_of
 
@@ -68,6 +71,8 @@ def carried_out(given: argparse.Namespace) -> int:
     out = given.out / (given.family + ("-small" if given.small else ""))
     runs = pilots_of(setup, variants) if given.pilot else runs_of(setup, given.seeds, variants)
     print("\n".join(matches(setup, setup.all_widths)), flush=True)
+    if given.finished:
+        unpack(given.finished, given.family, out)
     campaign.check_folders(lambda run: config_of(setup, run, out), runs, out)
     failed = []
     if not given.report:

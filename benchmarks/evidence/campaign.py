@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.evidence.accuracy import check_tests
-from benchmarks.evidence.findings import finding, is_done
+from benchmarks.evidence.findings import CONFIG, finding, is_done
 from benchmarks.evidence.setup import Run, Setup, config_of, steps_of
 from dreamer_jax.config import Config, from_json
 from dreamer_jax.data.builder import prepare
@@ -78,7 +78,7 @@ def check_folders(config: Callable[[Run], Config], runs: Sequence[Run], out: Pat
         ConfigError: a run was trained with another one.
     """
     for run in runs:
-        path = out / run.name / "config.json"
+        path = out / run.name / CONFIG
         if path.is_file():
             changed = set(changed_keys(from_json(path.read_text()), config(run))) - MAY_CHANGE
             require(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 from benchmarks.evidence.setup import Group, Run
 from dreamer_jax.evaluation.comparison.statistics import Efficiency, data_efficiency
 
-FINAL = "final.json"
-"""What a finished run has in its folder."""
+CONFIG, RECORDS, FINAL = "config.json", "metrics.jsonl", "final.json"
+"""What a run has in its folder; the last when it is finished."""
 GOAL = 0.9
 """The accuracy whose steps are counted."""
 
@@ -27,11 +28,11 @@ class Finding(NamedTuple):
 
     run: Run
     records: list[dict[str, Any]]
-    """Of metrics.jsonl, by rising steps."""
+    """Of RECORDS, by rising steps."""
     final: dict[str, Any] | None
-    """final.json; None of a run that is not finished."""
+    """None of a run that is not finished."""
     config: dict[str, Any] | None
-    """config.json; None of a run that has not started."""
+    """None of a run that has not started."""
 
 
 class Spread(NamedTuple):
@@ -54,8 +55,8 @@ class Spread(NamedTuple):
 def finding(run: Run, out: Path) -> Finding:
     """What a run has written; a line that a kill cut off is left out."""
     folder = out / run.name
-    records = [json.loads(line) for line in _lines(folder / "metrics.jsonl") if line.endswith("}")]
-    return Finding(run, records, _json(folder / FINAL), _json(folder / "config.json"))
+    records = [json.loads(line) for line in _lines(folder / RECORDS) if line.endswith("}")]
+    return Finding(run, records, _json(folder / FINAL), _json(folder / CONFIG))
 
 
 def _lines(path: Path) -> list[str]:
@@ -138,19 +139,15 @@ def none_accuracy(tests: dict[str, Any], names: Sequence[str]) -> float:
 
 
 def minutes(one: Finding) -> float | None:
-    """Minutes of training by the speeds in the records, without evaluations and compilations.
+    """Minutes that the training takes at the median of its speeds, without evaluations and compilations.
 
     Speeds count tokens without padding, and here rows count as full: it is a little more than it was.
     """
-    if one.config is None or not one.records:
+    speeds = [speed for record in one.records if (speed := record.get("speed/tokens_per_second"))]
+    if one.config is None or not speeds:
         return None
-    positions = one.config["train"]["batch"] * one.config["data"]["context"]
-    total, before = 0.0, 0
-    for record in one.records:
-        if speed := record.get("speed/tokens_per_second"):
-            total += (record["step"] - before) * positions / speed / 60
-            before = record["step"]
-    return total
+    positions = one.records[-1]["step"] * one.config["train"]["batch"] * one.config["data"]["context"]
+    return positions / statistics.median(speeds) / 60
 
 
 def last_of(one: Finding, key: str) -> float | None:

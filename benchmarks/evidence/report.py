@@ -23,6 +23,7 @@ from benchmarks.evidence.findings import (
     steps_to,
     worst_of,
 )
+from benchmarks.evidence.packed import pack
 from benchmarks.evidence.setup import BASELINE, Group, Run, Setup, matches, steps_of
 from dreamer_jax.files import write_whole
 from dreamer_jax.values import require
@@ -36,7 +37,7 @@ DEPTH_TESTS = {"p_hop": ("p=1", "p=2", "p=4", "p=8", "p=12", "p=16", "p=18", "p=
 
 
 def write_report(setup: Setup, runs: Sequence[Run], out: Path, results: Path) -> Path:
-    """Write evidence_<family>_<hardware>_<year-month>.md and its figures into a folder.
+    """Write evidence_<family>_<hardware>_<year-month>.md into a folder, with its figures and its finished runs.
 
     Args:
         setup: of the family.
@@ -53,6 +54,7 @@ def write_report(setup: Setup, runs: Sequence[Run], out: Path, results: Path) ->
     results.mkdir(parents=True, exist_ok=True)
     parts = [*_opening(setup, found), *_tables(setup, found), *_pictures(setup, found, results / stem)]
     write_whole(path, "\n\n".join(parts) + "\n")
+    pack(found, results / f"{stem}_runs.jsonl.gz")
     return path
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import math
 
@@ -24,10 +25,13 @@ from benchmarks.evidence.findings import (
     band,
     efficiency,
     final_accuracy,
+    finding,
+    is_done,
     lacking,
     none_accuracy,
     steps_to,
 )
+from benchmarks.evidence.packed import pack, unpack
 from benchmarks.evidence.report import write_report
 from benchmarks.evidence.setup import FAMILIES, WORKED, Run, config_of, pilots_of, runs_of, setup_of, sized
 from dreamer_jax.accounting.match import TOLERANCE, MatchError
@@ -85,6 +89,12 @@ def with_few_documents(setup):
     return dataclasses.replace(setup, sources=tuple(sources))
 
 
+def finished(one, out):
+    """What a finished run would have written."""
+    config = json.loads(to_json(config_of(TINY, one, out)))
+    return Finding(one, [{"step": TINY.steps}], {**one._asdict(), "steps": TINY.steps}, config)
+
+
 # The whole of it.
 
 
@@ -107,6 +117,55 @@ def test_a_campaign_trains_what_is_missing_once_and_reports_the_rest_as_missing(
     assert "* LA-w16-s1: not started" in text
     assert "LA-w16-s0:" not in text
     assert len(list(tmp_path.glob("evidence_two_hop_cpu_*.png"))) == 2
+
+
+def test_the_packed_runs_of_a_report_are_enough_to_write_it_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "train", train)
+    out, elsewhere, runs = tmp_path / "two_hop", tmp_path / "elsewhere", runs_of(TINY, [0])
+    campaign.carried_out(TINY, runs[:1], out, in_this_process(TINY, out), jobs=1)
+    first = write_report(TINY, runs, out, tmp_path)
+    packed = first.with_name(f"{first.stem}_runs.jsonl.gz")
+
+    unpack(packed, "two_hop", elsewhere)
+    campaign.check_folders(lambda one: config_of(TINY, one, elsewhere), runs, elsewhere)
+    assert not [one for one in runs[:1] if not is_done(finding(one, elsewhere), TINY.steps)]
+    again = write_report(TINY, runs, elsewhere, elsewhere)
+    assert again.read_text() == first.read_text()
+    assert again.with_name(packed.name).read_bytes() == packed.read_bytes()
+    for picture in tmp_path.glob("*.png"):
+        assert (elsewhere / picture.name).read_bytes() == picture.read_bytes()
+    assert str(tmp_path) not in gzip.decompress(packed.read_bytes()).decode()
+
+
+def test_unpacking_leaves_runs_alone_that_are_there(tmp_path):
+    one = finished(Run("two_hop", "DR", 16, 0), tmp_path)
+    packed = pack([one], tmp_path / "runs.jsonl.gz")
+    (tmp_path / one.run.name).mkdir()
+    unpack(packed, "two_hop", tmp_path)
+    assert not list((tmp_path / one.run.name).iterdir())
+    pack([one._replace(final=None)], tmp_path / "none.jsonl.gz")
+    unpack(tmp_path / "none.jsonl.gz", "two_hop", tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"{}", "not a file of packed runs"),
+        (gzip.compress(b'{"name": "a"}\n'), "not a file of packed runs"),
+        (gzip.compress(b"[1]\n"), "not a file of packed runs"),
+        ("p_hop", "has runs of p_hop, not of two_hop"),
+    ],
+)
+def test_a_file_that_has_no_runs_of_the_family_is_refused(content, message, tmp_path, capsys):
+    path = tmp_path / "runs.jsonl.gz"
+    if content == "p_hop":
+        pack([finished(Run("p_hop", "DR", 16, 0), tmp_path)], path)
+    elif content is not None:
+        path.write_bytes(content)
+    assert main(["two_hop", "--out", str(tmp_path), "--report", "--finished", str(path)]) == 1
+    assert message in capsys.readouterr().err
 
 
 # What is compared.
