@@ -8,26 +8,18 @@ analyze.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
+from benchmarks.evidence.worker import asked
 from dreamer_jax.door import guarded
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, take the core, and carry the run out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", required=True)
-    parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k and math")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--rate", type=float, help="learning rate of a pilot")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--core", type=int, help="the only one to use")
-    given = parser.parse_args(arguments)
-    if given.core is not None:
-        os.sched_setaffinity(0, {given.core})
+    given = asked(parser, arguments)
     return guarded(lambda: carried_out(given), doing="out")
 
 
