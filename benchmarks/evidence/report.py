@@ -32,8 +32,6 @@ NOTHING = "-"
 MARGIN = 0.05
 """How much better than chance LA must be for its best accuracy to be a goal."""
 ROUTERS = ("ea", "sa", "da")
-DEPTH_TESTS = {"p_hop": ("p=1", "p=2", "p=4", "p=8", "p=12", "p=16", "p=18", "p=20", "p=24")}
-"""Families whose figure against depth has a panel for each of these tests, in place of one for each group."""
 
 
 def write_report(setup: Setup, runs: Sequence[Run], out: Path, results: Path) -> Path:
@@ -248,8 +246,7 @@ def _pictures(setup: Setup, found: Sequence[Finding], stem: Path) -> Iterator[st
         if any(panel.lines for panel in panels):
             name, title = f"training_w{width}", f"Accuracy along the training, width {width}"
             yield _shown(title, draw(panels, "training tokens (millions)", _png(stem, name)))
-    alone = [Group(test, (test,), setup.groups[0].chance) for test in DEPTH_TESTS.get(setup.family, ())]
-    panels = against_depth(setup, found, setup.width, alone or setup.groups)
+    panels = against_depth(setup, found, setup.width, setup.depth_groups or setup.groups)
     if any(panel.lines for panel in panels):
         yield _shown(
             f"Accuracy against the depth that runs, width {setup.width}; the line is the trained depth",

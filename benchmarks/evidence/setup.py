@@ -74,6 +74,8 @@ class Setup:
     variants: tuple[str, ...] = tuple(VARIANTS)
     widths: tuple[int, ...] = ()
     """Further widths; `width` comes first."""
+    depth_groups: tuple[Group, ...] = ()
+    """Panels of the figure against depth; `groups` where there are none."""
     random_depths: str = ""
     """`train.depths` of the variants that train at random depths."""
     experts: int = 8
@@ -181,6 +183,7 @@ def p_hop() -> Setup:
             Group("p = 3 or 4", tuple(trained[2:]), 0.25),
             Group("p = 1 to 4, worked", worked, 0.35),
         ),
+        depth_groups=tuple(Group(name, (name,), 0.25) for name in (*trained, *beyond)),
         along=(*trained, *beyond, *worked),
         along_documents=150,
         swept_documents=100,
