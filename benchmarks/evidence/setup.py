@@ -232,7 +232,7 @@ def dag_mod7() -> Setup:
         evaluate_every=400,
         pilot_steps=2000,
         widths=(32, 128),
-        rates=dict.fromkeys(VARIANTS, 1e-3),
+        rates={"LA": 3e-4, "DR": 1e-3, "DR+DA": 1e-3},
     )
 
 
