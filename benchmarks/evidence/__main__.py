@@ -72,7 +72,8 @@ def carried_out(given: argparse.Namespace) -> int:
     runs = pilots_of(setup, variants) if given.pilot else runs_of(setup, given.seeds, variants)
     print("\n".join(matches(setup, setup.all_widths)), flush=True)
     if given.finished:
-        unpack(given.finished, given.family, out)
+        taken = unpack(given.finished, runs, out, lambda run: config_of(setup, run, out))
+        print(f"{given.finished}: has {len(taken)} of {len(runs)} runs", flush=True)
     campaign.check_folders(lambda run: config_of(setup, run, out), runs, out)
     failed = []
     if not given.report:

@@ -79,13 +79,22 @@ def check_folders(config: Callable[[Run], Config], runs: Sequence[Run], out: Pat
     """
     for run in runs:
         path = out / run.name / CONFIG
-        if path.is_file():
-            changed = set(changed_keys(from_json(path.read_text()), config(run))) - MAY_CHANGE
-            require(
-                not changed,
-                f"'{path.parent}' was trained with another setup (it differs in {', '.join(sorted(changed))}); give "
-                f"another --out, or delete the folder",
-            )
+        changed = changed_setting(path.read_text(), config(run)) if path.is_file() else ""
+        require(
+            not changed,
+            f"'{path.parent}' was trained with another setup ({changed}); give another --out, or delete the folder",
+        )
+
+
+def changed_setting(theirs: str, ours: Config) -> str:
+    """In words, what a run was trained with that is otherwise now; empty if nothing is.
+
+    Args:
+        theirs: its config as JSON.
+        ours: the config that it would have now.
+    """
+    changed = set(changed_keys(from_json(theirs), ours)) - MAY_CHANGE
+    return f"it differs in {', '.join(sorted(changed))}" if changed else ""
 
 
 def command_of(run: Run, out: Path, small: bool) -> list[str]:

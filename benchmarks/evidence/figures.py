@@ -26,8 +26,6 @@ ABREAST = 6
 """Entries of the legend that stand side by side."""
 CHANCE: Any = {"color": "#8c8c8c", "linestyle": (0, (1, 2)), "linewidth": 0.9}
 """The line at what guessing gives."""
-PALE = 0.4
-"""Opacity of lines at stretched depth positions."""
 
 
 class Line(NamedTuple):
@@ -38,8 +36,6 @@ class Line(NamedTuple):
     """Counts colours, so that a variant looks the same in all figures."""
     x: tuple[float, ...]
     values: tuple[Spread, ...]
-    pale: bool = False
-    """Drawn pale, and left out of the legend."""
 
 
 class Unit(NamedTuple):
@@ -95,9 +91,8 @@ def _fill(ax: object, panel: Panel, unit: Unit) -> None:
     ax.set_title(panel.title)
     if unit.limits:
         ax.set_ylim(unit.limits)
-    for label, number, x, values, pale in panel.lines:
+    for label, number, x, values in panel.lines:
         colour, dashes, marker = CURVES[number % len(CURVES)]
-        opacity = PALE if pale else 1.0
         every = max(1, len(x) // 8)
         mean, low, high = ([unit.scale * value[i] for value in values] for i in range(3))
         ax.plot(
@@ -107,10 +102,9 @@ def _fill(ax: object, panel: Panel, unit: Unit) -> None:
             color=colour,
             marker=marker,
             markevery=every,
-            label=None if pale else label,
-            alpha=opacity,
+            label=label,
         )
-        ax.fill_between(x, low, high, color=colour, alpha=0.15 * opacity, linewidth=0)
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if panel.chance is not None:
         ax.axhline(unit.scale * panel.chance, label="chance", **CHANCE)
     if panel.marked is not None:
@@ -133,39 +127,42 @@ def along_training(setup: Setup, found: Sequence[Finding], width: int, tokens_pe
     return panels
 
 
-def against_depth(setup: Setup, found: Sequence[Finding], width: int, groups: Sequence[Group]) -> list[Panel]:
+def against_depth(
+    setup: Setup, found: Sequence[Finding], width: int, groups: Sequence[Group], *, stretched: bool = False
+) -> list[Panel]:
     """A panel for each group: accuracy of the recurrent variants against the depth that runs.
 
-    Pale lines are of depth positions that are stretched to the trained range.
+    Args:
+        setup: of the family.
+        found: what the runs wrote.
+        width: of the models.
+        groups: of tests.
+        stretched: with depth positions stretched to the trained range, instead of as they are.
     """
     panels = []
     for title, tests, chance in groups:
         lines = [
             line
             for number, variant in enumerate(setup.variants)
-            for scaled in (False, True)
-            if (line := _by_depth(of_variant(found, variant, width), variant, number, scaled, tests)).x
+            if (line := _by_depth(of_variant(found, variant, width), variant, number, stretched, tests)).x
         ]
         panels.append(Panel(title, lines, chance, setup.depth))
     return panels
 
 
-def _by_depth(found: Sequence[Finding], variant: str, number: int, scaled: bool, tests: tuple[str, ...]) -> Line:
-    by_depth: dict[int, Spread] = {}
-    finished = [one.final for one in found if one.final]
-    depths = sorted({at["depth"] for final in finished for at in final["swept"] if at["scaled"] == scaled})
-    for depth in depths:
-        at_depth = [
-            one._replace(final=at)
-            for one in found
-            if one.final
-            for at in one.final["swept"]
-            if (at["depth"], at["scaled"]) == (depth, scaled)
-        ]
-        value = over_seeds(at_depth, lambda one: final_accuracy(one.final["tests"], tests) if one.final else None)
-        if value:
-            by_depth[depth] = value
-    return Line(variant, number, tuple(map(float, by_depth)), tuple(by_depth.values()), pale=scaled)
+def _by_depth(found: Sequence[Finding], variant: str, number: int, stretched: bool, tests: tuple[str, ...]) -> Line:
+    by_depth: dict[int, list[Finding]] = {}
+    for one in found:
+        for at in one.final["swept"] if one.final else ():
+            if at["scaled"] == stretched or at["depth"] == one.final["trained_depth"]:  # where both are the same
+                by_depth.setdefault(at["depth"], []).append(one._replace(final=at))
+    spreads = {depth: over_seeds(of, lambda one: _accuracy(one, tests)) for depth, of in sorted(by_depth.items())}
+    known = {depth: spread for depth, spread in spreads.items() if spread}
+    return Line(variant, number, tuple(map(float, known)), tuple(known.values()))
+
+
+def _accuracy(one: Finding, tests: tuple[str, ...]) -> float | None:
+    return final_accuracy(one.final["tests"], tests) if one.final else None
 
 
 def against_width(setup: Setup, found: Sequence[Finding]) -> list[Panel]:

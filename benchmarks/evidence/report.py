@@ -246,12 +246,12 @@ def _pictures(setup: Setup, found: Sequence[Finding], stem: Path) -> Iterator[st
         if any(panel.lines for panel in panels):
             name, title = f"training_w{width}", f"Accuracy along the training, width {width}"
             yield _shown(title, draw(panels, "training tokens (millions)", _png(stem, name)))
-    panels = against_depth(setup, found, setup.width, setup.depth_groups or setup.groups)
-    if any(panel.lines for panel in panels):
-        yield _shown(
-            f"Accuracy against the depth that runs, width {setup.width}; the line is the trained depth",
-            draw(panels, "depth (pale: depth positions stretched to the trained range)", _png(stem, "depth")),
-        )
+    for stretched, name in ((False, "depth"), (True, "depth_stretched")):
+        panels = against_depth(setup, found, setup.width, setup.depth_groups or setup.groups, stretched=stretched)
+        if any(panel.lines for panel in panels):
+            how = ", depth positions stretched to the trained range" if stretched else ""
+            title = f"Accuracy against the depth that runs{how}, width {setup.width}; the line is the trained depth"
+            yield _shown(title, draw(panels, "depth", _png(stem, name)))
     if setup.widths and any(one.final for one in found):
         yield _shown("Accuracy against width", draw(against_width(setup, found), "width", _png(stem, "width")))
 

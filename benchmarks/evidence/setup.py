@@ -151,6 +151,8 @@ def two_hop() -> Setup:
 WORKED = "worked"
 """Names the sources of p_hop and dag_mod7 whose documents ask for more than a test does."""
 HOPS = "hops=(1, 4), length=(16, 28), test_hops=(5, 6, 8), spelling='marks'"
+NO_HOP = {"p=1": 0.53, "p=2": 0.52, "p=3": 0.36, "p=4": 0.32, "p=5": 0.28, "p=6": 0.31, "p=8": 0.28}
+"""Accuracy of the best guess from a letter and the one before it: one of these two, or one of the two others."""
 
 
 def p_hop() -> Setup:
@@ -160,7 +162,7 @@ def p_hop() -> Setup:
     before help to guess. The others ask at the ends of chains alone, where they do not help; such documents are the
     test. Marks say what p is, so that p that no training has can be asked for. The longest documents have 66 tokens.
     """
-    trained, beyond = [f"p={p}" for p in range(1, 5)], [f"p={p}" for p in (5, 6, 8)]
+    trained, beyond = list(NO_HOP)[:4], list(NO_HOP)[4:]
     worked = tuple(f"{name} {WORKED}" for name in trained)
     return Setup(
         family="p_hop",
@@ -177,13 +179,13 @@ def p_hop() -> Setup:
         cooldown_steps=600,
         batch=8,
         groups=(
-            Group("p = 1 to 4", tuple(trained), 0.25),
-            Group("p = 5 to 8", tuple(beyond), 0.25),
-            Group("p = 1 or 2", tuple(trained[:2]), 0.25),
-            Group("p = 3 or 4", tuple(trained[2:]), 0.25),
-            Group("p = 1 to 4, worked", worked, 0.35),
+            Group("p = 1 to 4", tuple(trained), 0.43),
+            Group("p = 5 to 8", tuple(beyond), 0.29),
+            Group("p = 1 or 2", tuple(trained[:2]), 0.53),
+            Group("p = 3 or 4", tuple(trained[2:]), 0.34),
+            Group("p = 1 to 4, worked", worked, 0.43),
         ),
-        depth_groups=tuple(Group(name, (name,), 0.25) for name in (*trained, *beyond)),
+        depth_groups=tuple(Group(name, (name,), guess) for name, guess in NO_HOP.items()),
         along=(*trained, *beyond, *worked),
         along_documents=150,
         swept_documents=100,

@@ -33,7 +33,7 @@ from benchmarks.evidence.findings import (
 )
 from benchmarks.evidence.packed import pack, unpack
 from benchmarks.evidence.report import write_report
-from benchmarks.evidence.setup import FAMILIES, WORKED, Run, config_of, pilots_of, runs_of, setup_of, sized
+from benchmarks.evidence.setup import FAMILIES, NO_HOP, WORKED, Run, config_of, pilots_of, runs_of, setup_of, sized
 from dreamer_jax.accounting.match import TOLERANCE, MatchError
 from dreamer_jax.config import ConfigError, Source, to_json
 from dreamer_jax.data.families import dag_mod7
@@ -116,36 +116,56 @@ def test_a_campaign_trains_what_is_missing_once_and_reports_the_rest_as_missing(
     text = write_report(TINY, runs_of(TINY, [0, 1]), out, tmp_path).read_text()
     assert "* LA-w16-s1: not started" in text
     assert "LA-w16-s0:" not in text
-    assert len(list(tmp_path.glob("evidence_two_hop_cpu_*.png"))) == 2
+    assert len(list(tmp_path.glob("evidence_two_hop_cpu_*.png"))) == 3
 
 
 def test_the_packed_runs_of_a_report_are_enough_to_write_it_again(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "train", train)
-    out, elsewhere, runs = tmp_path / "two_hop", tmp_path / "elsewhere", runs_of(TINY, [0])
-    campaign.carried_out(TINY, runs[:1], out, in_this_process(TINY, out), jobs=1)
-    first = write_report(TINY, runs, out, tmp_path)
+    tiny = dataclasses.replace(TINY, variants=("LA", "DR+DA"), depth=2, width=64)
+    out, elsewhere, runs = tmp_path / "two_hop", tmp_path / "elsewhere", runs_of(tiny, [0])
+    campaign.carried_out(tiny, runs, out, in_this_process(tiny, out), jobs=1)
+    first = write_report(tiny, runs, out, tmp_path)
     packed = first.with_name(f"{first.stem}_runs.jsonl.gz")
 
-    unpack(packed, "two_hop", elsewhere)
-    campaign.check_folders(lambda one: config_of(TINY, one, elsewhere), runs, elsewhere)
-    assert not [one for one in runs[:1] if not is_done(finding(one, elsewhere), TINY.steps)]
-    again = write_report(TINY, runs, elsewhere, elsewhere)
+    assert unpacked(packed, elsewhere, tiny) == runs
+    assert all(is_done(finding(one, elsewhere), tiny.steps) for one in runs)
+    again = write_report(tiny, runs, elsewhere, elsewhere)
     assert again.read_text() == first.read_text()
     assert again.with_name(packed.name).read_bytes() == packed.read_bytes()
-    for picture in tmp_path.glob("*.png"):
-        assert (elsewhere / picture.name).read_bytes() == picture.read_bytes()
+    pictures = [picture.name for picture in tmp_path.glob("*.png")]
+    assert len(pictures) == 3
+    assert all((elsewhere / name).read_bytes() == (tmp_path / name).read_bytes() for name in pictures)
     assert str(tmp_path) not in gzip.decompress(packed.read_bytes()).decode()
 
 
-def test_unpacking_leaves_runs_alone_that_are_there(tmp_path):
+def unpacked(path, out, setup=TINY, seeds=(0,)):
+    return unpack(path, runs_of(setup, seeds), out, lambda one: config_of(setup, one, out))
+
+
+def test_unpacking_leaves_alone_what_has_been_trained_here(tmp_path):
     one = finished(Run("two_hop", "DR", 16, 0), tmp_path)
     packed = pack([one], tmp_path / "runs.jsonl.gz")
-    (tmp_path / one.run.name).mkdir()
-    unpack(packed, "two_hop", tmp_path)
-    assert not list((tmp_path / one.run.name).iterdir())
-    pack([one._replace(final=None)], tmp_path / "none.jsonl.gz")
-    unpack(tmp_path / "none.jsonl.gz", "two_hop", tmp_path / "empty")
-    assert not (tmp_path / "empty").exists()
+    folder = tmp_path / one.run.name
+    (folder / "checkpoints").mkdir(parents=True)
+    assert unpacked(packed, tmp_path) == [one.run]
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+
+    (folder / "checkpoints").rmdir()
+    (folder / "log.txt").write_text("a start that failed")
+    unpacked(packed, tmp_path)
+    assert finding(one.run, tmp_path).final == one.final
+
+
+def test_a_narrower_report_keeps_the_packed_runs_of_a_wider_one(tmp_path):
+    path, (first, second) = tmp_path / "runs.jsonl.gz", runs_of(TINY, [0])
+    pack([finished(first, tmp_path), finished(second, tmp_path)], path)
+    again = finished(first, tmp_path)
+    pack([again._replace(records=[{"step": TINY.steps, "train/loss": 1.0}]), again._replace(final=None)], path)
+    assert unpacked(path, tmp_path / "out") == [first, second]
+    assert finding(first, tmp_path / "out").records[0]["train/loss"] == 1.0
+
+
+LINE = {"name": "LA-w16-s0", "metrics.jsonl": [], "final.json": {"family": "two_hop"}, "config.json": {}}
 
 
 @pytest.mark.parametrize(
@@ -153,19 +173,27 @@ def test_unpacking_leaves_runs_alone_that_are_there(tmp_path):
     [
         (None, "no such file"),
         (b"{}", "not a file of packed runs"),
-        (gzip.compress(b'{"name": "a"}\n'), "not a file of packed runs"),
+        (b"", "not a file of packed runs"),
+        (gzip.compress(b""), "not a file of packed runs"),
         (gzip.compress(b"[1]\n"), "not a file of packed runs"),
-        ("p_hop", "has runs of p_hop, not of two_hop"),
+        (gzip.compress(json.dumps(LINE | {"name": 1}).encode()), "not a file of packed runs"),
+        (gzip.compress(json.dumps(LINE | {"final.json": None}).encode()), "not a file of packed runs"),
+        (gzip.compress(json.dumps(LINE | {"final.json": {}}).encode()), "LA-w16-s0 is of None, not of two_hop"),
     ],
 )
 def test_a_file_that_has_no_runs_of_the_family_is_refused(content, message, tmp_path, capsys):
     path = tmp_path / "runs.jsonl.gz"
-    if content == "p_hop":
-        pack([finished(Run("p_hop", "DR", 16, 0), tmp_path)], path)
-    elif content is not None:
+    if content is not None:
         path.write_bytes(content)
     assert main(["two_hop", "--out", str(tmp_path), "--report", "--finished", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_packed_runs_of_another_setup_are_refused_before_anything_is_written(tmp_path):
+    packed = pack([finished(one, tmp_path) for one in runs_of(TINY, [0])], tmp_path / "runs.jsonl.gz")
+    with pytest.raises(ConfigError, match=r"another setup \(it differs in optimizer.weight_decay\)"):
+        unpacked(packed, tmp_path / "out", dataclasses.replace(TINY, weight_decay=0.5))
+    assert not (tmp_path / "out").exists()
 
 
 # What is compared.
@@ -213,6 +241,24 @@ def test_every_test_of_a_group_exists_and_most_are_asked_along_the_training():
         assert {name for group in setup.groups for name in group.tests} <= tests.keys()
         assert all(set(group.tests) & set(setup.along) for group in setup.groups)
         assert set(setup.along) <= tests.keys()
+
+
+def letters_and_answers(document):
+    """Each letter that an answer is asked for, with the letter before it; answers that there is none are left out."""
+    text = [(document.prompt, document.response), *document.further]
+    words = " ".join(f"{given} {answered}" for given, answered in text).replace("> ", "").upper().split()
+    rows = zip([None, *words[0::2]], words[0::2], words[1::2], strict=False)
+    return [(before, letter, answer) for before, letter, answer in rows if answer in "ABCD"]
+
+
+def test_the_guess_without_a_hop_is_as_good_as_is_said():
+    tests = documents_of(setup_of("p_hop"))
+    for name, said in NO_HOP.items():
+        asked = [row for document in tests[name] for row in letters_and_answers(document)]
+        before, itself = (sum(row[i] == row[2] for row in asked) / len(asked) for i in (0, 1))
+        assert max(before, itself, (1 - before - itself) / 2) == pytest.approx(said, abs=0.01)
+    for group in setup_of("p_hop").groups[:4]:
+        assert group.chance == pytest.approx(sum(NO_HOP[test] for test in group.tests) / len(group.tests), abs=0.01)
 
 
 @pytest.mark.parametrize(
