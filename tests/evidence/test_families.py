@@ -28,6 +28,7 @@ from benchmarks.evidence.findings import (
     finding,
     is_done,
     lacking,
+    minutes,
     none_accuracy,
     steps_to,
 )
@@ -414,6 +415,14 @@ def test_data_efficiency_is_the_baselines_training_over_the_variants():
     assert twice.value == pytest.approx(2.0)
     never = efficiency(baseline, Curve((100, 200), (0.1, 0.2)))
     assert str(never) == "not reached"
+
+
+def test_minutes_are_those_at_the_median_speed():
+    speed = "speed/tokens_per_second"
+    records = [{"step": step, speed: value} for step, value in ((2, 10.0), (4, 500.0), (6, 400.0), (8, 400.0))]
+    one = Finding(Run("two_hop", "LA", 16, 0), records, None, {"train": {"batch": 5}, "data": {"context": 600}})
+    assert minutes(one) == pytest.approx(8 * 5 * 600 / 400 / 60)
+    assert minutes(one._replace(records=[{"step": 2}])) is None
 
 
 def test_a_run_is_missing_until_it_has_been_evaluated_after_all_steps():
