@@ -28,7 +28,7 @@ PARTS = {"name": str, RECORDS: list, FINAL: dict, CONFIG: dict}
 
 
 def pack(found: Sequence[Finding], path: Path) -> Path:
-    """Write the finished runs to a .jsonl.gz file. Other runs that it has stay.
+    """Write the finished runs to a .jsonl.gz file, if there are any. Other runs that it has stay.
 
     Args:
         found: what the runs wrote.
@@ -39,8 +39,9 @@ def pack(found: Sequence[Finding], path: Path) -> Path:
     """
     lines = _read(path) if path.is_file() else {}
     lines |= {one.run.name: _packed(one) for one in found if one.final}
-    text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    write_whole(path, gzip.compress(text.encode(), mtime=0))
+    if lines:
+        text = "".join(json.dumps(line) + "\n" for line in lines.values())
+        write_whole(path, gzip.compress(text.encode(), mtime=0))
     return path
 
 

@@ -159,6 +159,7 @@ def test_unpacking_leaves_alone_what_has_been_trained_here(tmp_path):
 
 def test_a_narrower_report_keeps_the_packed_runs_of_a_wider_one(tmp_path):
     path, (first, second) = tmp_path / "runs.jsonl.gz", runs_of(TINY, [0])
+    assert not pack([finished(first, tmp_path)._replace(final=None)], path).exists()
     pack([finished(first, tmp_path), finished(second, tmp_path)], path)
     again = finished(first, tmp_path)
     pack([again._replace(records=[{"step": TINY.steps, "train/loss": 1.0}]), again._replace(final=None)], path)
