@@ -45,7 +45,7 @@ MODELS = {
     "DR window and dilation": (model_of("DR", "da+sa", "ea", da=REACH), 5, 26),
     "LA window and dilation": (model_of("LA", "da", "sa[::2]", "ea[:2]", da=REACH), 5, 0),
     "DR window, deeper": (model_of("DR", "da[-5:]+sa[::3]", "ea", da={"window": 3}), 7, 19),
-    "DR linear": (model_of("DR", "da+sa", "ea", da=LINEAR), 5, 24),
+    "DR linear": (model_of("DR", "da+sa", "ea", da=LINEAR), 5, 26),
     "LA linear": (model_of("LA", "da", "sa", "ea[-2:]", da=LINEAR), 5, 12),
     "DR latent": (model_of("DR", "sa", "latent", "ea"), 5, 16),
     "LA latent": (model_of("LA", "latent[:2]+sa", "ea"), 5, 1),
@@ -54,7 +54,8 @@ MODELS = {
     "DR everything, deeper": (DR_EVERYTHING, 7, 24),
     "LA everything": (LA_EVERYTHING, 5, 1),
 }
-"""Model, the depth that runs, and a seed of weights with which no choice of an expert hangs on float32's rounding."""
+"""Model, the depth that runs, and a seed of weights that magnify no rounding of float32, least of all by the choice of
+an expert."""
 POLICIES = ("none", "full", "selective", "products")
 FURTHER = ("DR everything, deeper native none", "DR everything, deeper plain selective")
 TOLERANCE = 2e-5
