@@ -10,9 +10,8 @@ from benchmarks.evidence.findings import (
     Spread,
     band,
     curve,
-    final_accuracy,
+    final_spread,
     of_variant,
-    over_seeds,
 )
 from benchmarks.evidence.setup import Group, Setup
 from dreamer_jax.figures import CURVES, STYLE, WIDTH, image, style
@@ -155,14 +154,10 @@ def _by_depth(found: Sequence[Finding], variant: str, number: int, stretched: bo
     for one in found:
         for at in one.final["swept"] if one.final else ():
             if at["scaled"] == stretched or at["depth"] == one.final["trained_depth"]:  # where both are the same
-                by_depth.setdefault(at["depth"], []).append(one._replace(final=at))
-    spreads = {depth: over_seeds(of, lambda one: _accuracy(one, tests)) for depth, of in sorted(by_depth.items())}
+                by_depth.setdefault(at["depth"], []).append(one._replace(final={"trained": at}))
+    spreads = {depth: final_spread(of, tests) for depth, of in sorted(by_depth.items())}
     known = {depth: spread for depth, spread in spreads.items() if spread}
     return Line(variant, number, tuple(map(float, known)), tuple(known.values()))
-
-
-def _accuracy(one: Finding, tests: tuple[str, ...]) -> float | None:
-    return final_accuracy(one.final["tests"], tests) if one.final else None
 
 
 def against_width(setup: Setup, found: Sequence[Finding]) -> list[Panel]:
@@ -171,13 +166,9 @@ def against_width(setup: Setup, found: Sequence[Finding]) -> list[Panel]:
     for group in setup.groups:
         lines = []
         for number, variant in enumerate(setup.variants):
-            by_width = {w: _final(of_variant(found, variant, w), group.tests) for w in sorted(setup.all_widths)}
+            by_width = {w: final_spread(of_variant(found, variant, w), group.tests) for w in sorted(setup.all_widths)}
             known = {width: value for width, value in by_width.items() if value}
             if known:
                 lines.append(Line(variant, number, tuple(map(float, known)), tuple(known.values())))
         panels.append(Panel(group.name, lines, group.chance))
     return panels
-
-
-def _final(found: Sequence[Finding], tests: tuple[str, ...]) -> Spread | None:
-    return over_seeds(found, lambda one: final_accuracy(one.final["trained"]["tests"], tests) if one.final else None)

@@ -167,6 +167,11 @@ def of_variant(found: Sequence[Finding], variant: str, width: int) -> list[Findi
     return [one for one in found if one.run[1:3] == (variant, width) and one.records]
 
 
+def final_spread(found: Sequence[Finding], tests: Sequence[str]) -> Spread | None:
+    """The spread of the mean accuracy of some tests at the end of the training, over the runs that are finished."""
+    return over_seeds(found, lambda one: final_accuracy(one.final["trained"]["tests"], tests) if one.final else None)
+
+
 def over_seeds(found: Sequence[Finding], of: Callable[[Finding], float | None]) -> Spread | None:
     """A figure's spread over the runs that have it."""
     return spread(value for one in found if (value := of(one)) is not None)

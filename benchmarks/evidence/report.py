@@ -12,7 +12,7 @@ from benchmarks.evidence.findings import (
     Finding,
     curve,
     efficiency,
-    final_accuracy,
+    final_spread,
     finding,
     lacking,
     last_of,
@@ -156,7 +156,7 @@ def _accuracy(setup: Setup, found: Sequence[Finding]) -> str:
 
 
 def _final(of: Sequence[Finding], tests: Sequence[str]) -> str:
-    value = over_seeds(of, lambda one: final_accuracy(one.final["trained"]["tests"], tests) if one.final else None)
+    value = final_spread(of, tests)
     return str(value) if value else NOTHING
 
 

@@ -204,8 +204,8 @@ def dag_mod7() -> Setup:
     """Values that depend on each other, all of which a hidden state of one width must hold.
 
     Half of the training documents show working: they ask for the values of some lines and of all variables. Of the
-    others one token in 30 is an answer, after several steps; from these alone a pilot learned nothing. At depth 4 no
-    variant got far beyond 3 definitions (docs/evidence.md).
+    others one token in 30 is an answer, after several steps; from these alone a pilot learned nothing. At depth 4
+    neither LA nor DR got far beyond 3 definitions (docs/evidence.md).
     """
     trained, beyond = [f"definitions={n}" for n in range(3, 6)], [f"definitions={n}" for n in range(6, 11)]
     worked = tuple(f"{name} {WORKED}" for name in trained)

@@ -72,7 +72,7 @@ def matching(root: Path, patterns: Sequence[str], what: str) -> list[Path]:
     """
     try:
         return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # what glob raises for absolute patterns, and for empty ones
         raise DataError(
             f"{what}: files = {', '.join(patterns)}: {error}; give patterns of files below '{root}', such as a/*.jsonl"
         ) from None
