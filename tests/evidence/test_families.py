@@ -19,6 +19,7 @@ from benchmarks.evidence.accuracy import (
     questions_of,
     scores,
 )
+from benchmarks.evidence.figures import against_depth
 from benchmarks.evidence.findings import (
     Curve,
     Finding,
@@ -34,7 +35,18 @@ from benchmarks.evidence.findings import (
 )
 from benchmarks.evidence.packed import pack, unpack
 from benchmarks.evidence.report import write_report
-from benchmarks.evidence.setup import FAMILIES, NO_HOP, WORKED, Run, config_of, pilots_of, runs_of, setup_of, sized
+from benchmarks.evidence.setup import (
+    FAMILIES,
+    NO_HOP,
+    WORKED,
+    Group,
+    Run,
+    config_of,
+    pilots_of,
+    runs_of,
+    setup_of,
+    sized,
+)
 from dreamer_jax.accounting.match import TOLERANCE, MatchError
 from dreamer_jax.config import ConfigError, Source, to_json
 from dreamer_jax.data.families import dag_mod7
@@ -417,6 +429,19 @@ def test_data_efficiency_is_the_baselines_training_over_the_variants():
     assert twice.value == pytest.approx(2.0)
     never = efficiency(baseline, Curve((100, 200), (0.1, 0.2)))
     assert str(never) == "not reached"
+
+
+def test_stretched_depths_are_drawn_apart_and_meet_the_others_at_the_trained_depth():
+    def at(depth, scaled, right):
+        return {"depth": depth, "scaled": scaled, "tests": {"p=1": {"right": right, "asked": 10}}}
+
+    swept = [at(1, False, 2), at(2, False, 9), at(3, False, 5), at(1, True, 3), at(3, True, 6)]
+    setup, group = dataclasses.replace(TINY, depth=2), Group("p=1", ("p=1",), 0.25)
+    one = Finding(Run("two_hop", "DR", 16, 0), [{"step": 4}], {"trained_depth": 2, "swept": swept}, None)
+    for stretched, expected in ((False, {1.0: 0.2, 2.0: 0.9, 3.0: 0.5}), (True, {1.0: 0.3, 2.0: 0.9, 3.0: 0.6})):
+        [panel] = against_depth(setup, [one], 16, [group], stretched=stretched)
+        [line] = panel.lines
+        assert dict(zip(line.x, (value.mean for value in line.values), strict=True)) == expected
 
 
 def test_minutes_are_those_at_the_median_speed():
